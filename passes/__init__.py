@@ -1,5 +1,10 @@
-"""Passes: the contract, the pipeline, recipes, instruments, and one file per pass."""
+"""Passes: the contract every pass owes, the pipeline that checks it, and the passes themselves."""
 
 if __name__ != "planish.passes":
-    # A second copy under another name would hold other classes, and isinstance would fail.
-    raise ImportError(f"import this package as 'planish.passes', not as {__name__!r}")
+    raise ImportError("import this package as 'planish.passes'")
+
+from planish.ir.pattern import Refusal
+from planish.ir.rewriter import Change
+from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
+
+__all__ = ["Change", "Contract", "Fact", "Pass", "PassContext", "PassResult", "Refusal"]

@@ -1,0 +1,26 @@
+"""What a program is, and the only way to change it. No policy."""
+
+if __name__ != "planish.ir":
+    raise ImportError("import this package as 'planish.ir'")
+
+from planish.ir.capture import capture, from_exported
+from planish.ir.pattern import Match, Refusal, Rule, rewrite_greedily
+from planish.ir.program import Program, Signature
+from planish.ir.rewriter import Change, Rewriter, SiteCounter
+from planish.ir.text import diff, text
+
+__all__ = [
+    "Change",
+    "Match",
+    "Program",
+    "Refusal",
+    "Rewriter",
+    "Rule",
+    "Signature",
+    "SiteCounter",
+    "capture",
+    "diff",
+    "from_exported",
+    "rewrite_greedily",
+    "text",
+]

@@ -1,0 +1,203 @@
+"""From ``nn.Module`` or ``ExportedProgram`` to ``Program``.
+
+``torch.export`` traces the model; what it returns is unlifted (parameters become constants),
+made functional, and stripped of assertions. The caller's model is never changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from planish.ir.calling import Call, bind, input_names, output_names
+from planish.ir.capture_errors import check_model, check_sample, explain
+from planish.ir.dims import enlarge_singletons, legal_ranges, named_symbols
+from planish.ir.errors import CaptureError, UnsupportedError
+from planish.ir.functionalize import drop_assertions, is_functional, make_functional
+from planish.ir.program import Constant, Program, Signature
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,  # noqa: ANN401 - exactly as torch.export takes it
+) -> Program:
+    """Trace a model into a program.
+
+    Args:
+        model: in evaluation mode; it is not changed. An ``ExportedProgram`` is taken as it is.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        dynamic_shapes: as ``torch.export.export`` takes it. A sample of size 1 in a dynamic
+            dimension is traced at size 2, since torch would make the size a constant.
+
+    Raises:
+        CaptureError: the model cannot be traced; says why, and at which line of the user's code.
+    """
+    if isinstance(model, ExportedProgram):
+        return from_exported(model)
+    check_model(model)
+    call = bind(model, args, dict(kwargs or {}))
+    check_sample(model, call)
+    traced, dims = enlarge_singletons(call, dynamic_shapes)
+    exported = _export(model, traced, dynamic_shapes)
+    return _build(exported, call, symbols=named_symbols(exported, dims, call))
+
+
+def from_exported(exported: ExportedProgram) -> Program:
+    """A program from an ``ExportedProgram``, whose own example inputs become the sample."""
+    if exported.example_inputs is None:
+        raise CaptureError(
+            "the exported program carries no example inputs",
+            hint="export it again with torch.export.export, which records them",
+        )
+    args, kwargs = exported.example_inputs
+    spec_args, spec_kwargs = tuple(args), dict(kwargs or {})
+    names = exported.module_call_graph[0].signature
+    forward = getattr(names, "forward_arg_names", None) if names is not None else None
+    call = Call(spec_args, spec_kwargs, tuple(forward or ()), {})
+    return _build(exported, call, symbols={})
+
+
+def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:  # noqa: ANN401
+    try:
+        # Under no_grad, torch.no_grad blocks of the model leave no operators behind.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
+    except Exception as error:  # torch.export raises dozens of kinds; each is explained
+        raise explain(error) from error
+
+
+def _build(exported: ExportedProgram, call: Call, symbols: dict[str, str]) -> Program:
+    _refuse_side_effects(exported)
+    remarks: list[str] = []
+    if not is_functional(exported.graph):
+        # Writes into views: torch's own functionalization knows every aliasing rule.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = exported.run_decompositions({})
+        _refuse_side_effects(exported)
+    graph, constants, fixed = _unlift(exported)
+    make_functional(graph)
+    dropped = drop_assertions(graph)
+    if dropped:
+        remarks.append(f"{dropped} run-time assertions of the traced model were dropped")
+    names = input_names(exported.call_spec.in_spec, call.parameters)
+    signature = Signature(
+        parameters=call.parameters,
+        positional=len(call.args),
+        input_names=names,
+        fixed=fixed,
+        in_spec=exported.call_spec.in_spec,
+        out_spec=exported.call_spec.out_spec,
+        output_names=output_names(exported.call_spec.out_spec, taken=names),
+        symbols=symbols,
+        ranges=legal_ranges(exported),
+        defaults=call.defaults,
+    )
+    program = Program(graph, constants, signature, remarks=tuple(remarks))
+    program.samples = (signature.flatten(call.args, call.kwargs),)
+    program.drop_dead_constants()
+    return program
+
+
+def _refuse_side_effects(exported: ExportedProgram) -> None:
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            raise CaptureError(
+                f"forward writes into the buffer {spec.target!r}",
+                hint="a deployed graph has no state: return the new value as an output, or "
+                "do not update it in evaluation mode",
+            )
+
+
+def _unlift(
+    exported: ExportedProgram,
+) -> tuple[Graph, dict[str, Constant], dict[int, object]]:
+    """Copy the graph with parameters as ``get_attr`` and user inputs as placeholders."""
+    lifted, fixed = _inputs(exported)
+    graph = Graph()
+    mapping: dict[Node, Any] = {}
+    constants: dict[str, Constant] = {}
+    owners: dict[int, Node] = {}  # tied weights are one constant
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in lifted:
+            if not node.users:
+                continue
+            name, value = lifted[node.name]
+            if id(value) not in owners:
+                constants[name] = value.detach()
+                owners[id(value)] = graph.create_node("get_attr", name, name=node.name)
+                owners[id(value)].meta = {"val": node.meta.get("val")}
+            mapping[node] = owners[id(value)]
+        elif node.op == "placeholder" and isinstance(node.meta.get("val"), (Tensor, torch.SymInt)):
+            mapping[node] = graph.node_copy(node)
+        elif node.op == "get_attr":
+            constants[str(node.target)] = _attribute(exported.graph_module, str(node.target))
+            mapping[node] = graph.node_copy(node)
+        elif node.op == "call_function":
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        elif node.op == "output":
+            graph.output(map_arg(_user_outputs(exported, node), lambda n: mapping[n]))
+    return graph, constants, fixed
+
+
+def _inputs(
+    exported: ExportedProgram,
+) -> tuple[dict[str, tuple[str, Tensor]], dict[int, object]]:
+    """Lifted inputs by placeholder name, and constant leaves by position among user inputs."""
+    lifted: dict[str, tuple[str, Tensor]] = {}
+    fixed: dict[int, object] = {}
+    state = {**exported.constants, **exported.state_dict}
+    position = 0
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(spec.arg, ConstantArgument):
+                fixed[position] = spec.arg.value
+            position += 1
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            assert spec.target is not None
+            value = state.get(spec.target)
+            if not isinstance(value, Tensor):
+                raise CaptureError(f"the exported program lacks the value of {spec.target!r}")
+            lifted[spec.arg.name] = (spec.target, value)
+        else:
+            raise UnsupportedError(
+                f"the model uses {spec.target!r}, a {spec.kind.name.lower()} input",
+                hint="script objects and tokens cannot be deployed; compute this outside",
+            )
+    return lifted, fixed
+
+
+def _user_outputs(exported: ExportedProgram, output: Node) -> tuple[Any, ...]:
+    """The output arguments that the user sees, without those that report mutated inputs."""
+    specs = exported.graph_signature.output_specs
+    kept = []
+    for spec, value in zip(specs, output.args[0], strict=True):  # type: ignore[arg-type]
+        if spec.kind is OutputKind.USER_OUTPUT:
+            kept.append(spec.arg.value if isinstance(spec.arg, ConstantArgument) else value)
+    return tuple(kept)
+
+
+def _attribute(module: GraphModule, target: str) -> Constant:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    if isinstance(value, GraphModule):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach()
+    raise UnsupportedError(f"the traced graph holds {target!r}, a {type(value).__name__}")

@@ -1,0 +1,103 @@
+"""Why a model cannot be captured, in the user's terms."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from planish.ir.calling import Call
+from planish.ir.errors import CaptureError, PlanishError, UsageError
+
+_TORCH = str(Path(torch.__file__).parent)
+_PLANISH = str(Path(__file__).resolve().parent)
+
+
+def check_model(model: object) -> None:
+    """Refuse what must not be traced.
+
+    Raises:
+        UsageError: not a module.
+        CaptureError: training mode, no values, or values that are not numbers.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"expected an nn.Module, an ExportedProgram or a Program, got {type(model).__name__}",
+            hint="pass the model itself, not its state dict, class or file name",
+        )
+    for name, module in model.named_modules():
+        if module.training:
+            kind = type(module).__name__
+            raise CaptureError(
+                "the model is in training mode"
+                + (f" (submodule {name!r}, a {kind})" if name else ""),
+                hint="call model.eval() first; dropout and batch norm behave differently there",
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CaptureError(
+                f"{name!r} is on the meta device and has no values",
+                hint="load the checkpoint before optimizing",
+            )
+        if tensor.is_floating_point() and bool(torch.isnan(tensor.detach()).any()):
+            bad = int(torch.isnan(tensor.detach()).sum())
+            raise CaptureError(
+                f"{name!r} holds {bad} NaN of {tensor.numel()} values",
+                hint="the checkpoint is damaged or training diverged; load a sound one",
+            )
+
+
+def check_sample(model: nn.Module, call: Call) -> None:
+    """Refuse example inputs that live on another device than the model.
+
+    Raises:
+        UsageError: names the two devices.
+    """
+    homes = {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    for leaf in pytree.tree_leaves((call.args, call.kwargs)):
+        if isinstance(leaf, Tensor) and homes and leaf.device not in homes:
+            raise UsageError(
+                f"an example input is on {leaf.device}, the model on "
+                + ", ".join(sorted(map(str, homes))),
+                hint="move both to one device, model.to(...) and input.to(...)",
+            )
+
+
+def user_line(error: BaseException) -> str | None:
+    """The innermost frame of the user's own code in a traceback, as ``file:line: code``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not frame.filename.startswith((_TORCH, _PLANISH, "<")):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None
+
+
+def explain(error: Exception) -> PlanishError:
+    """Turn whatever ``torch.export`` raised into one clear error."""
+    text = str(error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    where = user_line(error)
+    kind = type(error).__name__
+    if "data-dependent" in text or kind == "GuardOnDataDependentSymNode":
+        return CaptureError(
+            "control flow depends on values, not only on shapes",
+            where=where,
+            hint="a traced graph cannot follow it: use torch.where or torch.cond, or export the "
+            "parts around the branch (encoder, one step of a loop) as separate programs",
+        )
+    if "Constraints violated" in text or "dynamic_shapes" in text or "specialized" in text:
+        fixes = re.search(r"Suggested fixes:(.*)", text, re.S)
+        return CaptureError(
+            "the model does not work for every size that dynamic_shapes allows: " + first,
+            where=where,
+            hint=(" ".join(fixes[1].split()) if fixes else "narrow the range, or make it static"),
+        )
+    if "Unsupported output type" in text or "not a registered pytree" in text.lower():
+        return CaptureError(
+            first, where=where, hint="torch.export.register_dataclass makes such a type known"
+        )
+    return CaptureError(f"the model could not be traced: {kind}: {first}", where=where)

@@ -1,0 +1,361 @@
+"""``Rewriter``: the only thing that edits a graph.
+
+It gives each new node a type and a provenance, numbers the rewrite sites so that one of them can
+be found by bisection, and tells listeners what happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import Argument, Target
+
+from planish.ir.errors import PassError, source_line
+from planish.ir.infer import fake_constant, infer, infer_node
+from planish.ir.ops import is_pure
+from planish.ir.program import Program
+from planish.ir.tensortype import SparseLayout, type_text
+
+# What a replacement inherits from the node it stands for.
+_INHERITED = ("stack_trace", "nn_module_stack", "torch_fn")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One applied rewrite.
+
+    Attributes:
+        number: the site's number in the whole pipeline run, from 1.
+        rule: which rule.
+        node: name of the node the rule matched at.
+        removed: names of the nodes that went away.
+        added: names of the nodes that came.
+        source: the user's source line of the matched node, if known.
+        detail: what a reader should know beyond that ("rank 64 of 384").
+        error: measured error of this rewrite, for lossy passes.
+    """
+
+    number: int
+    rule: str
+    node: str
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    source: str | None = None
+    detail: str = ""
+    error: Mapping[str, float] | None = None
+
+
+class Listener(Protocol):
+    """Told about every edit, after it happened."""
+
+    def inserted(self, node: Node) -> None:
+        """A new node."""
+
+    def replaced(self, old: Node, new: Argument) -> None:
+        """All uses of ``old`` now read ``new``."""
+
+    def modified(self, node: Node) -> None:
+        """A node's arguments changed."""
+
+    def erased(self, node: Node) -> None:
+        """A node is about to leave the graph; its users are gone, its inputs still hang on it."""
+
+
+@dataclass
+class SiteCounter:
+    """Numbers rewrite sites over a whole pipeline; past ``limit`` it denies them.
+
+    ``limit=None`` allows all. The numbering is stable: sites up to N are the same whatever the
+    limit beyond N is.
+    """
+
+    limit: int | None = None
+    count: int = 0
+
+    def take(self) -> int | None:
+        """The number of the next site, or None where it may not be rewritten."""
+        self.count += 1
+        return self.count if self.limit is None or self.count <= self.limit else None
+
+
+@dataclass
+class _Open:
+    number: int
+    rule: str
+    root: str
+    source: str | None
+    anchor: Node
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    detail: str = ""
+
+
+class Rewriter:
+    """Edits one program on behalf of one pass.
+
+    Args:
+        program: edited in place; the pipeline hands every pass a private clone.
+        pass_name: stamped on new nodes.
+        sites: the site counter of the pipeline run.
+    """
+
+    def __init__(self, program: Program, pass_name: str, sites: SiteCounter | None = None):
+        self.program = program
+        self.pass_name = pass_name
+        self.sites = sites or SiteCounter()
+        self.listeners: list[Listener] = []
+        self.changes: list[Change] = []
+        self._site: _Open | None = None
+        self._stale: dict[Node, None] = {}
+        self._wanted_names: dict[str, str] = {}
+
+    # -- sites --------------------------------------------------------------------------------
+
+    @contextmanager
+    def site(self, rule: str, root: Node) -> Iterator[bool]:
+        """Open one rewrite site; yields whether the rewrite may be done.
+
+        New nodes go right before ``root``. A site in which nothing was edited is not a change.
+        """
+        if self._site is not None:
+            raise PassError(f"rule {rule} opened a site inside the site of {self._site.rule}")
+        number = self.sites.take()
+        if number is None:
+            yield False
+            return
+        opened = _Open(number, rule, root.name, source_line(root), root)
+        self._site = opened
+        try:
+            yield True
+        finally:
+            self._site = None
+        self.changes.append(
+            Change(
+                opened.number,
+                rule,
+                opened.root,
+                tuple(opened.removed),
+                tuple(opened.added),
+                opened.source,
+                opened.detail,
+            )
+        )
+
+    def note(self, detail: str) -> None:
+        """Add a sentence to the change of the open site."""
+        self._opened().detail = detail
+
+    def insert_before(self, node: Node) -> None:
+        """Put the following new nodes before another node than the root."""
+        self._opened().anchor = node
+
+    def _opened(self) -> _Open:
+        if self._site is None:
+            raise PassError(f"pass {self.pass_name} edited the graph outside of a rewrite site")
+        return self._site
+
+    # -- edits --------------------------------------------------------------------------------
+
+    def call(
+        self,
+        target: Target,
+        args: Sequence[Argument] = (),
+        kwargs: Mapping[str, Argument] | None = None,
+        *,
+        like: Node | Sequence[Node],
+    ) -> Node:
+        """Insert an operator call.
+
+        Args:
+            target: the operator.
+            args: its arguments; nodes must come before the insertion point.
+            kwargs: likewise.
+            like: the node(s) it stands for; the first gives the source line and module path.
+
+        Raises:
+            PassError: the operator rejects the operands' types.
+        """
+        site = self._opened()
+        sources = [like] if isinstance(like, Node) else list(like)
+        value = infer(self.program, target, tuple(args), kwargs)
+        with self.program.graph.inserting_before(site.anchor):
+            node = self.program.graph.call_function(
+                target,  # type: ignore[arg-type] - fx declares callables, operators are
+                tuple(args),
+                dict(kwargs or {}),
+            )
+        self._stamp(node, value, sources)
+        return node
+
+    def constant(
+        self,
+        tensor: Tensor,
+        name: str,
+        *,
+        like: Node | None = None,
+        layout: SparseLayout | None = None,
+    ) -> Node:
+        """Insert a new constant.
+
+        Args:
+            tensor: its value; must be new memory, or a constant of this program.
+            name: the wished name; it is taken if free once the pass is done, so that a folded
+                ``conv.weight`` is still called that.
+            like: a node to take source information from.
+            layout: sparse layout the values have.
+        """
+        site = self._opened()
+        unique, count = name, 0
+        while unique in self.program.constants:
+            count += 1
+            unique = f"{name}_{count}"
+        tensor = tensor.detach()
+        self.program.constants[unique] = tensor
+        if layout is not None:
+            self.program.layouts[unique] = layout
+        if unique != name:
+            self._wanted_names[unique] = name
+        with self.program.graph.inserting_before(site.anchor):
+            node = self.program.graph.create_node("get_attr", unique)
+        self._stamp(node, fake_constant(self.program, tensor), [like] if like else [])
+        return node
+
+    def _stamp(self, node: Node, value: Any, sources: list[Node]) -> None:  # noqa: ANN401
+        site = self._opened()
+        for key in _INHERITED:
+            if sources and key in sources[0].meta:
+                node.meta[key] = sources[0].meta[key]
+        node.meta["val"] = value
+        node.meta["from"] = (self.pass_name, site.rule, tuple(s.name for s in sources))
+        site.added.append(node.name)
+        self.program.touch()
+        for listener in self.listeners:
+            listener.inserted(node)
+
+    def replace(self, old: Node, new: Argument) -> None:
+        """Let all users of ``old`` read ``new`` instead, then erase what nobody reads anymore."""
+        self._opened()
+        if new is old:
+            return
+        users = list(old.users)
+        if isinstance(new, Node):
+            if not self._same_type(old, new):
+                self._stale.update(dict.fromkeys(users))
+            old.replace_all_uses_with(new, propagate_meta=False)
+        else:
+            for user in users:
+                _replace_in(user, old, new)
+        self.program.touch()
+        for listener in self.listeners:
+            listener.replaced(old, new)
+            for user in users:
+                listener.modified(user)
+        self.erase_if_dead(old)
+
+    def set_args(
+        self, node: Node, args: Sequence[Argument], kwargs: Mapping[str, Argument] | None = None
+    ) -> None:
+        """Change a node's arguments in place; its type is derived anew."""
+        site = self._opened()
+        before = list(node.all_input_nodes)
+        node.args = tuple(args)
+        if kwargs is not None:
+            node.kwargs = dict(kwargs)
+        node.meta["from"] = (self.pass_name, site.rule, (node.name,))
+        self._stale[node] = None
+        self.program.touch()
+        for listener in self.listeners:
+            listener.modified(node)
+        for value in before:
+            self.erase_if_dead(value)
+
+    def erase_if_dead(self, node: Node) -> None:
+        """Erase a node that nobody reads, and what it alone kept alive. Inputs stay."""
+        pending = [node]
+        while pending:
+            dead = pending.pop()
+            if dead.users or dead._erased or dead.op not in ("call_function", "get_attr"):
+                continue
+            if dead.op == "call_function" and not is_pure(dead.target):
+                continue
+            inputs = dead.all_input_nodes
+            for listener in self.listeners:
+                listener.erased(dead)
+            self._leave_anchor(dead)
+            self._stale.pop(dead, None)
+            self._opened().removed.append(dead.name)
+            self.program.graph.erase_node(dead)
+            self.program.touch()
+            pending.extend(inputs)
+
+    def erase(self, node: Node) -> None:
+        """Erase a node without users, pure or not (assertions, dead effects)."""
+        for listener in self.listeners:
+            listener.erased(node)
+        inputs = node.all_input_nodes
+        self._leave_anchor(node)
+        self._stale.pop(node, None)
+        self._opened().removed.append(node.name)
+        self.program.graph.erase_node(node)
+        self.program.touch()
+        for value in inputs:
+            self.erase_if_dead(value)
+
+    def _leave_anchor(self, node: Node) -> None:
+        site = self._opened()
+        if site.anchor is node:
+            site.anchor = node.next
+
+    def _same_type(self, a: Node, b: Node) -> bool:
+        symbols = self.program.signature.symbols
+        return type_text(a.meta.get("val"), symbols) == type_text(b.meta.get("val"), symbols)
+
+    # -- ending -------------------------------------------------------------------------------
+
+    def finish(self) -> Program:
+        """Bring types and names up to date after the last edit and return the program."""
+        self._retype()
+        self.program.drop_dead_constants()
+        for unique, wanted in self._wanted_names.items():
+            if unique in self.program.constants and wanted not in self.program.constants:
+                self._rename_constant(unique, wanted)
+        self.program.touch()
+        return self.program
+
+    def _retype(self) -> None:
+        """Derive anew the types of edited nodes, and of what follows where a type changed."""
+        if not self._stale:
+            return
+        pending = set(self._stale)
+        symbols = self.program.signature.symbols
+        for node in self.program.graph.nodes:
+            if node not in pending or node.op != "call_function":
+                continue
+            before = type_text(node.meta.get("val"), symbols)
+            node.meta["val"] = infer_node(self.program, node)
+            if type_text(node.meta["val"], symbols) != before:
+                pending.update(node.users)
+        self._stale.clear()
+
+    def _rename_constant(self, old: str, new: str) -> None:
+        program = self.program
+        program.constants[new] = program.constants.pop(old)
+        if old in program.layouts:
+            program.layouts[new] = program.layouts.pop(old)
+        for node in program.graph.find_nodes(op="get_attr"):
+            if node.target == old:
+                node.target = new
+
+
+def _replace_in(user: Node, old: Node, new: Argument) -> None:
+    """Replace a node by a plain value in one user's arguments."""
+    from torch.fx.node import map_arg
+
+    swap = lambda n: new if n is old else n  # noqa: E731 - two uses, one line
+    user.args = map_arg(user.args, swap)
+    user.kwargs = map_arg(user.kwargs, swap)

@@ -1,0 +1,96 @@
+"""Types of values: element type, shape with named symbols, and the layout of a sparse constant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import SymBool, SymFloat, SymInt, Tensor
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.uint16: "u16",
+    torch.uint32: "u32",
+    torch.bool: "bool",
+    torch.complex64: "c64",
+    torch.complex128: "c128",
+    torch.float8_e4m3fn: "f8e4m3",
+    torch.float8_e5m2: "f8e5m2",
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Short name of an element type: ``f32``, ``i64``; torch's own name for rare ones."""
+    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class SparseLayout:
+    """``n`` of every ``m`` consecutive entries along ``axis`` may be nonzero (``sparse<2:4>``)."""
+
+    n: int
+    m: int
+    axis: int
+
+    def __str__(self) -> str:
+        return f"sparse<{self.n}:{self.m}, axis={self.axis}>"
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Element type and shape of one tensor.
+
+    ``shape`` holds ints for static sizes and canonical strings for symbolic ones
+    (``"batch"``, ``"2*length"``), so that two types compare and hash by value.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    layout: SparseLayout | None = None
+
+    def __str__(self) -> str:
+        text = f"{dtype_name(self.dtype)}[{', '.join(map(str, self.shape))}]"
+        return f"{text} {self.layout}" if self.layout else text
+
+
+def dim_text(dim: int | SymInt, symbols: Mapping[str, str]) -> int | str:
+    """A size as an int, or as text with the user's dimension names in place of torch's symbols."""
+    if isinstance(dim, int):
+        return dim
+    expr = dim.node.expr
+    if expr.is_Integer:
+        return int(expr)
+    names = {s: sympy.Symbol(symbols[str(s)]) for s in expr.free_symbols if str(s) in symbols}
+    return str(expr.xreplace(names)) if names else str(expr)
+
+
+def type_text(value: object, symbols: Mapping[str, str]) -> str:
+    """Print the type of any value a node can hold."""
+    if isinstance(value, Tensor):
+        return str(tensor_type(value, symbols))
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(type_text(v, symbols) for v in value) + ")"
+    if isinstance(value, (bool, SymBool)):
+        return "bool"
+    if isinstance(value, (int, SymInt)):
+        return "int"
+    if isinstance(value, (float, SymFloat)):
+        return "float"
+    return "none" if value is None else type(value).__name__
+
+
+def tensor_type(
+    value: Tensor, symbols: Mapping[str, str], layout: SparseLayout | None = None
+) -> TensorType:
+    """The type of a (fake or real) tensor."""
+    return TensorType(value.dtype, tuple(dim_text(d, symbols) for d in value.shape), layout)

@@ -1,0 +1,180 @@
+"""The canonical text of a program: deterministic, diffable, without addresses or file names.
+
+    program(%x: f32[batch, 3, 224, 224])
+      const @conv.weight: f32[8, 3, 3, 3]
+      %0: f32[batch, 8, 112, 112] = aten.conv2d(%x, @conv.weight, stride=[2, 2], padding=[1, 1])
+      return %0
+
+Values are renumbered in order, defaults are left out, and arguments other than leading values are
+named from the operator's schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from planish.ir.ops import op_name
+from planish.ir.program import Program
+from planish.ir.tensortype import dim_text, dtype_name, tensor_type, type_text
+
+
+def text(program: Program, *, values: bool = False) -> str:
+    """Print a program.
+
+    Args:
+        program: what to print.
+        values: also print a digest of every constant's value.
+    """
+    return "\n".join(lines(program, values=values)) + "\n"
+
+
+def lines(program: Program, *, values: bool = False) -> list[str]:
+    """The text as lines; see ``text``."""
+    names = value_names(program)
+    symbols = program.signature.symbols
+    inputs = ", ".join(
+        f"{names[n]}: {type_text(n.meta.get('val'), symbols)}" for n in program.placeholders
+    )
+    result = [f"program({inputs})"]
+    for name in sorted({str(n.target) for n in program.graph.find_nodes(op="get_attr")}):
+        result.extend(_constant_lines(program, name, values=values))
+    for node in program.operators:
+        result.append("  " + node_text(program, node, names))
+    outputs = ", ".join(format_value(v, names, symbols) for v in program.results)
+    result.append(f"  return {outputs}")
+    return result
+
+
+def value_names(program: Program) -> dict[Node, str]:
+    """The canonical name of every value: ``%x``, ``@conv.weight``, ``%0``, ``%1``."""
+    names: dict[Node, str] = {}
+    for node, public in zip(program.placeholders, program.signature.tensor_names, strict=True):
+        names[node] = f"%{public}"
+    count = 0
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            names[node] = f"@{node.target}"
+        elif node.op == "call_function":
+            names[node] = f"%{count}"
+            count += 1
+    return names
+
+
+def node_text(program: Program, node: Node, names: dict[Node, str]) -> str:
+    """One operator as ``%3: f32[B, 8] = aten.linear(%2, @fc.weight)``."""
+    symbols = program.signature.symbols
+    call = f"{op_name(node.target)}({_arguments(node, names, symbols)})"
+    return f"{names[node]}: {type_text(node.meta.get('val'), symbols)} = {call}"
+
+
+def _constant_lines(program: Program, name: str, *, values: bool) -> list[str]:
+    value = program.constants[name]
+    if isinstance(value, GraphModule):
+        body = [f"    {_body_line(n)}" for n in value.graph.nodes if n.op == "call_function"]
+        return [f"  body @{name}", *body]
+    printed = tensor_type(value, program.signature.symbols, program.layouts.get(name))
+    line = f"  const @{name}: {printed}"
+    return [f"{line} = {digest(value)}" if values else line]
+
+
+def _body_line(node: Node) -> str:
+    names = {n: f"%{n.name}" for n in node.all_input_nodes}
+    return f"%{node.name} = {op_name(node.target)}({_arguments(node, names, {})})"
+
+
+def digest(tensor: Tensor) -> str:
+    """A short hash of a tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().view(-1)
+    raw = data.view(torch.uint8) if data.numel() else data
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:12]
+
+
+def _arguments(node: Node, names: dict[Node, str], symbols: Any) -> str:  # noqa: ANN401
+    target = node.target
+    if not isinstance(target, OpOverload):
+        plain = [format_value(a, names, symbols) for a in node.args]
+        named = [f"{k}={format_value(v, names, symbols)}" for k, v in node.kwargs.items()]
+        return ", ".join(plain + named)
+    parts: list[str] = []
+    positional = True
+    for position, declared in enumerate(target._schema.arguments):
+        if position < len(node.args):
+            value = node.args[position]
+        elif declared.name in node.kwargs:
+            value = node.kwargs[declared.name]
+        else:
+            positional = False
+            continue
+        if declared.has_default_value() and _same(value, declared.default_value):
+            positional = False
+            continue
+        positional = positional and _is_value(value) and not declared.kwarg_only
+        printed = format_value(value, names, symbols)
+        parts.append(printed if positional else f"{declared.name}={printed}")
+    return ", ".join(parts)
+
+
+def _is_value(value: object) -> bool:
+    """Whether an argument is a node, or a list of nodes."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(v, Node) or v is None for v in value)
+    return isinstance(value, Node)
+
+
+def _same(value: object, default: object) -> bool:
+    if isinstance(value, (list, tuple)) or isinstance(default, (list, tuple)):
+        return (
+            isinstance(value, (list, tuple))
+            and isinstance(default, (list, tuple))
+            and not any(isinstance(v, Node) for v in value)
+            and list(value) == list(default)
+        )
+    return not isinstance(value, Node) and type(value) is type(default) and value == default
+
+
+def format_value(value: object, names: dict[Node, str], symbols: Any) -> str:  # noqa: ANN401
+    """Print one argument."""
+    if isinstance(value, Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(format_value(v, names, symbols) for v in value) + "]"
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, torch.SymInt):
+        return str(dim_text(value, symbols))
+    if isinstance(value, (torch.device, torch.layout, torch.memory_format)):
+        return str(value).removeprefix("torch.")
+    return repr(value)
+
+
+def excerpt(program: Program, node: Node, *, around: int = 5) -> str:
+    """The lines around a node, with an arrow at it."""
+    names = value_names(program)
+    nodes = program.operators
+    if node not in nodes:
+        return node.format_node() or node.name
+    center = nodes.index(node)
+    shown = nodes[max(0, center - around) : center + around + 1]
+    return "\n".join(
+        ("--> " if n is node else "    ") + node_text(program, n, names) for n in shown
+    )
+
+
+def diff(before: Program, after: Program) -> str:
+    """A unified diff of two programs' texts; empty when they print the same."""
+    return "".join(
+        difflib.unified_diff(
+            text(before).splitlines(keepends=True),
+            text(after).splitlines(keepends=True),
+            "before",
+            "after",
+            n=2,
+        )
+    )

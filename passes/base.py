@@ -1,0 +1,103 @@
+"""What a pass is: an immutable value with a contract, run on a private clone of the program."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from planish.ir.pattern import Refusal, Rule, rewrite_greedily
+from planish.ir.program import Program
+from planish.ir.rewriter import Change, Rewriter, SiteCounter
+
+if TYPE_CHECKING:
+    from planish.passes.calibrate import Spool
+
+
+class Contract(Enum):
+    """What a pass promises about the function it rewrites."""
+
+    EXACT = "exact"  # the same within the bound of the dtype; checked
+    LOSSY = "lossy"  # changes it, and reports by how much
+
+
+class Fact(Enum):
+    """What a pass may require; the value is the sentence on what to add."""
+
+    CALIBRATED = "pass calibration=... : an iterable of inputs that look like real ones"
+    LABELS = "pass labeled=... : batches with labels, and loss=... to score them"
+    LOSS = "pass loss=... : a function of (outputs, batch) that returns a scalar"
+
+
+@dataclass
+class PassContext:
+    """What a pass may look at besides the program.
+
+    Attributes:
+        target: name of the target the program will be lowered to.
+        calibration: the spooled calibration inputs, or None.
+        labeled: a re-iterable of labeled batches, or None.
+        loss: ``loss(outputs, batch)``, or None.
+        generator: the only source of randomness a pass may use.
+        remark: takes a sentence for the report.
+        sites: numbers the rewrite sites of the whole run.
+    """
+
+    target: str = "onnx"
+    calibration: Spool | None = None
+    labeled: Iterable[Any] | None = None
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    remark: Callable[[str], None] = lambda sentence: None
+    sites: SiteCounter = field(default_factory=SiteCounter)
+
+    def facts(self) -> frozenset[Fact]:
+        """The facts that hold."""
+        held = {
+            Fact.CALIBRATED: self.calibration is not None,
+            Fact.LABELS: self.labeled is not None,
+            Fact.LOSS: self.loss is not None,
+        }
+        return frozenset(fact for fact, holds in held.items() if holds)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns. Whether anything changed is derived by the pipeline, not claimed."""
+
+    program: Program
+    changes: tuple[Change, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """A named rewrite of a program; its dataclass fields are its options.
+
+    Class attributes:
+        name: kebab-case, as recipes write it.
+        contract: exact or lossy.
+        requires: facts the pipeline checks before the pass runs.
+        source: papers, "Author, Title, venue year, section".
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    source: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Rewrite ``program`` in place (it is a private clone) and say what was done."""
+
+    def apply_rules(
+        self, program: Program, context: PassContext, rules: Sequence[Rule]
+    ) -> PassResult:
+        """The body of most passes: apply rules until none fires."""
+        rewriter = Rewriter(program, self.name, context.sites)
+        refusals = rewrite_greedily(program, rules, rewriter)
+        return PassResult(rewriter.finish(), tuple(rewriter.changes), refusals)
