@@ -1,1 +1,1 @@
-"""Benchmarks: real pretrained models, the architecture sweep, and the figures that the README quotes."""
+"""Benchmarks: pretrained models, the architecture sweep, and the figures in the README."""

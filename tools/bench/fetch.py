@@ -2,8 +2,8 @@
 
     python -m planish.tools.bench.fetch [NAME ...] [--list]
 
-The packages are wheels from the package index. They are downloaded without their dependencies and
-unpacked, never installed and never imported: planish reads the weight files and writes its own loaders.
+The packages are wheels from the package index, downloaded without their dependencies and unpacked,
+not installed. The weight files in them are read by planish's own loaders.
 A file is looked for first in the installed distributions of the running Python, then under
 ``build/models`` (or the folder that the environment variable ``PLANISH_MODELS`` names).
 
@@ -111,13 +111,27 @@ PACKAGES: tuple[Package, ...] = (
         sha256="11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
         keep="foolbox/data/",
     ),
+    Package(
+        name="timm",
+        version="1.0.31",
+        megabytes=3,
+        holds="timm, the vision networks",
+        sha256=None,
+    ),
+    Package(
+        name="torchvision",
+        version="0.28.0",
+        megabytes=8,
+        holds="torchvision, for its networks and because timm imports it",
+        sha256=None,
+    ),
 )
 
 
 def models_dir() -> Path:
     """Folder of the unpacked packages: ``PLANISH_MODELS``, else ``build/models`` of the checkout.
 
-    Without a checkout (planish installed from a wheel) it is ``build/models`` of the working folder.
+    Without a checkout (planish installed from a wheel) that is in the working folder.
     """
     override = os.environ.get("PLANISH_MODELS")
     if override:

@@ -1,18 +1,23 @@
-"""Import torchvision on a torch build that its compiled operators do not match.
+"""Import torchvision and timm, on a torch that torchvision's compiled part may not match.
 
-torchvision registers shape rules for two of its own operators, ``nms`` and ``qnms``, the moment it is
-imported. Where its compiled extension cannot be loaded (the wheel was built against another torch
-build, for example the CUDA one beside a CPU torch) nobody has declared those operators, and the import
-stops with "operator torchvision::nms does not exist". Declaring the two schemas is enough: the
-networks of the zoo call neither, and a call to one still fails loudly for want of a kernel.
+torchvision registers shape rules for two of its own operators, ``nms`` and ``qnms``, the moment it
+is imported. Where its compiled extension cannot be loaded (the wheel was built against another torch
+build, for example the CUDA one beside a CPU torch) nobody has declared them, and the import stops
+with "operator torchvision::nms does not exist". Declaring the two schemas is enough: the networks of
+the zoo call neither, and a call to one still fails loudly for want of a kernel.
+
+Both packages may also lie where ``fetch.py`` unpacked them. Keeping them out of the environment
+matters: transformers imports an installed torchvision by itself, and fails where that import fails.
 """
 
 import importlib
+import importlib.util
+import sys
 from types import ModuleType
 
 import torch
 
-from planish.ir.errors import RequirementError
+from planish.tools.bench.fetch import locate
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -26,17 +31,11 @@ def import_torchvision() -> ModuleType:
     """Import torchvision, declaring its two operators first if its extension does not load.
 
     Raises:
-        RequirementError: torchvision is not installed.
+        RequirementError: torchvision is neither installed nor fetched.
     """
+    _make_importable("torchvision")
     try:
         return importlib.import_module("torchvision")
-    except ModuleNotFoundError as error:
-        if error.name != "torchvision":
-            raise
-        raise RequirementError(
-            "torchvision is not installed",
-            hint="pip install --no-deps torchvision==0.28.0 (the release that goes with torch 2.13)",
-        ) from error
     except RuntimeError as error:
         if "torchvision::" not in str(error) or _declared:
             raise
@@ -45,3 +44,20 @@ def import_torchvision() -> ModuleType:
         library.define(schema)
     _declared.append(library)
     return importlib.import_module("torchvision")
+
+
+def import_timm() -> ModuleType:
+    """Import timm, and torchvision before it.
+
+    Raises:
+        RequirementError: timm or torchvision is neither installed nor fetched.
+    """
+    import_torchvision()
+    _make_importable("timm")
+    return importlib.import_module("timm")
+
+
+def _make_importable(name: str) -> None:
+    """Put the fetched package at the end of the path unless the module can be found already."""
+    if importlib.util.find_spec(name) is None:
+        sys.path.append(str(locate(name, name).parent))
