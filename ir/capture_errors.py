@@ -90,11 +90,15 @@ def explain(error: Exception) -> PlanishError:
             "parts around the branch (encoder, one step of a loop) as separate programs",
         )
     if "Constraints violated" in text or "dynamic_shapes" in text or "specialized" in text:
-        fixes = re.search(r"Suggested fixes:(.*)", text, re.S)
+        fixes = re.search(r"Suggested fixes:\n((?:  .*\n?)+)", text)
+        cause = re.search(r"^  - (.*)", text, re.M)
         return CaptureError(
-            "the model does not work for every size that dynamic_shapes allows: " + first,
+            "the model does not work for every size that dynamic_shapes allows: "
+            + (cause[1] if cause else first),
             where=where,
-            hint=(" ".join(fixes[1].split()) if fixes else "narrow the range, or make it static"),
+            hint="; ".join(fixes[1].split("\n")).strip("; ")
+            if fixes
+            else "narrow the range, or make the dimension static",
         )
     if "Unsupported output type" in text or "not a registered pytree" in text.lower():
         return CaptureError(

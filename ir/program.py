@@ -109,14 +109,27 @@ class Signature:
                     hint="the program was captured with " + ", ".join(self.parameters),
                 )
             given[name] = value
-        missing = [p for p in self.parameters if p not in given]
-        if missing:
-            raise UsageError(f"missing input {missing[0]!r}", hint="pass every captured input")
+        constants = self._constant_parameters()
+        for name in self.parameters:
+            if name not in given:
+                if name not in constants:
+                    raise UsageError(f"missing input {name!r}", hint="pass every captured input")
+                given[name] = constants[name]
         names = self.parameters
         return (
             tuple(given[n] for n in names[: self.positional]),
             {n: given[n] for n in names[self.positional :]},
         )
+
+    def _constant_parameters(self) -> dict[str, object]:
+        """Parameters that were a plain constant at capture; a call may leave them out."""
+        args, kwargs = pytree.tree_unflatten(list(range(self.in_spec.num_leaves)), self.in_spec)
+        leaves = dict(zip(self.parameters, (*args, *kwargs.values()), strict=True))
+        return {
+            name: self.fixed[leaf]
+            for name, leaf in leaves.items()
+            if isinstance(leaf, int) and leaf in self.fixed
+        }
 
     def unflatten(self, outputs: tuple[Any, ...]) -> Any:  # noqa: ANN401 - the caller's structure
         """Rebuild the caller's output structure from flat outputs."""

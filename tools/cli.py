@@ -1,0 +1,98 @@
+"""``planish``: the command line. Each command lives in a file of its own, loaded when it is run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+# command -> (module:attribute, one-line help shown by `planish --help`)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "optimize": ("planish.tools.optimize:optimize", "Optimize a model and write the artifact."),
+    "export": ("planish.tools.export:export", "Export a model to a verified ONNX file."),
+    "show": ("planish.tools.show:show", "Print a model as canonical text."),
+    "passes": ("planish.tools.passes:passes", "List the passes, or explain one."),
+    "run-pass": ("planish.tools.run_pass:run_pass", "Run passes on a model and show the diff."),
+    "compare": ("planish.tools.compare:compare", "Compare the outputs of two models or files."),
+    "bench": ("planish.tools.bench_command:bench", "Time artifacts against each other."),
+    "doctor": ("planish.tools.doctor:doctor", "Say what this machine and installation can do."),
+}
+
+
+class Lazy(click.Group):
+    """A group whose commands are imported on use, so that ``--help`` needs no torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command where there is no such one."""
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=Lazy,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 ok, 1 failure, 2 usage, 3 verification failed, 4 unsupported.",
+)
+@click.version_option(package_name="planish")
+def cli() -> None:
+    """Optimize PyTorch models, with every step checked.
+
+    MODEL is package.module:callable, a .pt2 file, or a local Hugging Face folder.
+
+    \b
+    Examples:
+      planish optimize ./minilm -o minilm.onnx
+      planish export my_package.models:build -o model.onnx --opset 20
+      planish run-pass model.pt2 fold-batch-norm
+    """
+
+
+def main() -> None:
+    """Run the command line; a ``PlanishError`` becomes its message and its exit code."""
+    try:
+        code = cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing half-written was left", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) went away; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        from planish.ir.errors import PlanishError
+
+        if not isinstance(error, PlanishError):
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
