@@ -1,0 +1,228 @@
+"""``optimize``: capture, run the recipe with every step checked, report."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from planish import __version__
+from planish.examples import Examples, advertised, name_dimensions, normalize
+from planish.ir.capture import capture
+from planish.ir.compare import Fidelity, measure
+from planish.ir.cost import cost
+from planish.ir.errors import CaptureError, UsageError
+from planish.ir.execute import run
+from planish.ir.program import Program
+from planish.optimized import Optimized
+from planish.passes.base import Pass, PassContext
+from planish.passes.pipeline import Run, run_pipeline
+from planish.passes.recipe import Recipe, resolve
+from planish.report import PassEntry, Report
+
+if TYPE_CHECKING:
+    from planish.passes.calibrate import Spool
+    from planish.passes.instruments import Instrument
+
+Verify = Literal["each", "end", "off"]
+
+
+def optimize(
+    model: nn.Module | ExportedProgram | Program,
+    example_inputs: Any = None,  # noqa: ANN401 - whatever the model takes
+    *,
+    recipe: str | Recipe | Sequence[Pass] = "exact",
+    target: str = "onnxruntime-cpu",
+    calibration: Iterable[Any] | None = None,
+    dynamic_shapes: Any = None,  # noqa: ANN401 - exactly as torch.export takes it
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    labeled: Iterable[Any] | None = None,
+    verify: Verify = "each",
+    dump_dir: str | Path | None = None,
+    instruments: Sequence[Instrument] = (),
+    seed: int = 0,
+) -> Optimized:
+    """Optimize a model for deployment. The model itself is never changed.
+
+    Args:
+        model: a module in evaluation mode, an exported program, or a program.
+        example_inputs: args tuple (a bare tensor is one argument), kwargs dict, or
+            (args tuple, kwargs dict). None: what the model itself advertises.
+        recipe: a recipe name, a path to YAML, recipe text, a ``Recipe``, or a sequence of passes.
+        target: where the program will run.
+        calibration: inputs for passes that need them; a dict is keyword arguments, a tuple or
+            list positional ones. Read once.
+        dynamic_shapes: as ``torch.export.export`` takes it.
+        loss: ``loss(outputs, batch)``, for passes that need gradients.
+        labeled: batches for ``loss``.
+        verify: check invariants and compare outputs after each pass, at the end, or never.
+        dump_dir: a folder for the program after every pass.
+        instruments: more watchers of the pipeline.
+        seed: of everything random.
+
+    Returns:
+        The optimized program, as a model, as a report, and ready to export.
+
+    Raises:
+        UsageError, RecipeError: the call is malformed; says how to call.
+        CaptureError: the model cannot be traced.
+        RequirementError: a pass needs data that was not given.
+        VerificationError: a pass broke an invariant or changed the function.
+        PassError: a pass failed.
+    """
+    from planish.backends.registry import load_target
+    from planish.passes.calibrate import needs_calibration, spool
+    from planish.passes.instruments import default_instruments
+
+    if verify not in ("each", "end", "off"):
+        raise UsageError(f"verify is {verify!r}", hint="use 'each', 'end' or 'off'")
+    load_target(target)
+    resolved = resolve(recipe, target=target, seed=seed)
+    remarks: list[str] = []
+    start = time.perf_counter()
+    program = _captured(model, example_inputs, dynamic_shapes, remarks, seed)
+    seconds = {"capture": time.perf_counter() - start}
+
+    held: Spool | None = None
+    if calibration is not None:
+        if needs_calibration(resolved):
+            held = spool(calibration, program)
+        else:
+            remarks.append("calibration was given, but no pass of the recipe needs it; it was not read")
+    context = PassContext(
+        target=target,
+        calibration=held,
+        labeled=labeled,
+        loss=loss,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    watchers = default_instruments(verify=verify, dump_dir=dump_dir, seed=seed)
+    start = time.perf_counter()
+    try:
+        finished = run_pipeline(program, resolved, context, (*watchers, *instruments))
+    finally:
+        if held is not None:
+            held.close()
+    passes = sum(record.seconds for record in finished.records)
+    seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
+    report = _report(program, finished, resolved, target, seed, seconds, remarks)
+    return Optimized(finished.program, resolved, report)
+
+
+def _captured(
+    model: nn.Module | ExportedProgram | Program,
+    example_inputs: Any,  # noqa: ANN401
+    dynamic_shapes: Any,  # noqa: ANN401
+    remarks: list[str],
+    seed: int,
+) -> Program:
+    if isinstance(model, (Program, ExportedProgram)):
+        kind = type(model).__name__
+        if example_inputs is not None or dynamic_shapes is not None:
+            raise UsageError(
+                f"example_inputs and dynamic_shapes are part of the {kind} already",
+                hint="leave them out, or pass the nn.Module",
+            )
+        program = model.clone() if isinstance(model, Program) else capture(model)
+    else:
+        examples = _examples(model, example_inputs, dynamic_shapes, seed)
+        program = _trace(model, examples, remarks)
+    if not program.operators:
+        raise CaptureError(
+            "the captured program has no operators: there is nothing to optimize",
+            hint="does forward return its inputs, or constants?",
+        )
+    remarks.extend(program.remarks)
+    return program
+
+
+def _examples(
+    model: nn.Module,
+    example_inputs: Any,  # noqa: ANN401
+    dynamic_shapes: Any,  # noqa: ANN401
+    seed: int,
+) -> Examples:
+    if example_inputs is not None or not isinstance(model, nn.Module):
+        return normalize(() if example_inputs is None else example_inputs, dynamic_shapes)
+    found = advertised(model, seed)
+    if dynamic_shapes is None:
+        return found
+    return Examples(found.args, found.kwargs, dynamic_shapes, origin=found.origin)
+
+
+def _trace(model: nn.Module, examples: Examples, remarks: list[str]) -> Program:
+    shapes = examples.dynamic_shapes
+    try:
+        program = capture(model, examples.args, examples.kwargs, dynamic_shapes=shapes)
+    except CaptureError as error:
+        if not examples.names:
+            raise
+        # The sizes were our guess, not the caller's wish: a model of fixed sizes is fine too.
+        program = capture(model, examples.args, examples.kwargs)
+        remarks.append(f"all sizes are fixed, since dynamic ones could not be traced: {error.what}")
+    name_dimensions(program, examples.names)
+    if examples.origin != "given":
+        remarks.append(f"example inputs were made from the {examples.origin}")
+    return program
+
+
+def _report(
+    before: Program,
+    finished: Run,
+    recipe: Recipe,
+    target: str,
+    seed: int,
+    seconds: dict[str, float],
+    remarks: list[str],
+) -> Report:
+    entries = tuple(
+        PassEntry(
+            name=record.name,
+            options=record.options,
+            contract=record.contract.value,
+            changes=record.changes,
+            refusals=record.refusals,
+            seconds=record.seconds,
+            fidelity=record.fidelity,
+            cost=record.cost,
+            remarks=record.remarks,
+        )
+        for record in finished.records
+    )
+    return Report(
+        passes=entries,
+        before=cost(before),
+        after=cost(finished.program),
+        target=target,
+        fidelity=_fidelity(before, finished.program),
+        seconds=seconds,
+        versions=versions(),
+        seed=seed,
+        recipe=str(recipe),
+        remarks=tuple(remarks),
+    )
+
+
+def _fidelity(before: Program, after: Program) -> Fidelity | None:
+    """Outputs of the final program against the captured one's, over all samples."""
+    reference: list[Any] = []
+    outputs: list[Any] = []
+    for sample in before.samples:
+        reference.extend(run(before, sample))
+        outputs.extend(run(after, sample))
+    return measure(tuple(reference), tuple(outputs)) if reference else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"planish": __version__, "python": platform.python_version()}
+    for name in ("torch", "onnx", "onnxruntime", "onnx-ir", "onnxscript", "numpy"):
+        found[name] = metadata.version(name)
+    return found

@@ -1,0 +1,221 @@
+"""What happened to a model: per pass and in total, as text, dict and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from planish.ir.compare import Fidelity
+from planish.ir.cost import Cost
+from planish.passes.base import Change, Refusal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class PassEntry:
+    """One pass of the run.
+
+    Attributes:
+        name: the pass.
+        options: its options as recipe text, empty for the defaults.
+        contract: ``"exact"`` or ``"lossy"``.
+        changes: what it rewrote.
+        refusals: what it declined, and why.
+        seconds: wall time of the pass itself, without verification.
+        fidelity: outputs against the program before the pass; None where nothing was compared.
+        cost: parameters, bytes and MACs after the pass.
+        remarks: sentences the reader should see.
+    """
+
+    name: str
+    options: str
+    contract: str
+    changes: tuple[Change, ...]
+    refusals: tuple[Refusal, ...]
+    seconds: float
+    fidelity: Fidelity | None
+    cost: Cost
+    remarks: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "name": self.name,
+            "options": self.options,
+            "contract": self.contract,
+            "changes": [asdict(c) for c in self.changes],
+            "refusals": [asdict(r) for r in self.refusals],
+            "seconds": round(self.seconds, 6),
+            "sqnr_db": self.fidelity.to_dict()["sqnr_db"] if self.fidelity else None,
+            "equal": self.fidelity.equal if self.fidelity else None,
+            "parameters": self.cost.parameters,
+            "bytes": self.cost.bytes,
+            "macs": self.cost.macs,
+            "remarks": list(self.remarks),
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole run.
+
+    Attributes:
+        passes: one entry per pass, in order.
+        before: cost of the captured program.
+        after: cost of the optimized program.
+        target: what it was optimized for.
+        fidelity: final outputs against the captured program's, on the samples.
+        seconds: wall time by stage: capture, passes, verification, export.
+        versions: of planish, Python and the libraries that matter.
+        seed: the seed of the run.
+        recipe: the resolved recipe as text.
+        runtime: what the runtime made of the exported file; None before an export.
+        remarks: sentences the reader should see.
+    """
+
+    passes: tuple[PassEntry, ...]
+    before: Cost
+    after: Cost
+    target: str
+    fidelity: Fidelity | None
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+    seed: int
+    recipe: str
+    runtime: Mapping[str, Any] | None = None
+    remarks: tuple[str, ...] = field(default=())
+
+    @property
+    def changes(self) -> int:
+        """Number of rewrites of all passes."""
+        return sum(len(entry.changes) for entry in self.passes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "passes": [entry.to_dict() for entry in self.passes],
+            "totals": {
+                "changes": self.changes,
+                "refusals": sum(len(entry.refusals) for entry in self.passes),
+                "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()},
+                "before": asdict(self.before),
+                "after": asdict(self.after),
+            },
+            "target": self.target,
+            "runtime": dict(self.runtime) if self.runtime is not None else None,
+            "fidelity": self.fidelity.to_dict() if self.fidelity else None,
+            "versions": dict(self.versions),
+            "seed": self.seed,
+            "recipe": self.recipe,
+            "remarks": list(self.remarks),
+        }
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """The report as strict JSON; an infinite SQNR is null beside ``"equal": true``."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def to_text(self, *, width: int = 100, all_passes: bool = False) -> str:
+        """The report as a plain-text table.
+
+        Args:
+            width: columns.
+            all_passes: also show passes that changed and refused nothing.
+        """
+        from rich.console import Console
+
+        console = Console(width=width, color_system=None, record=False)
+        with console.capture() as captured:
+            for part in self.render(all_passes=all_passes):
+                console.print(part)
+        return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def render(self, *, all_passes: bool = False) -> list[RenderableType]:
+        """The parts of the terminal output, for a rich console."""
+        from rich.text import Text
+
+        parts: list[RenderableType] = [self._table(all_passes=all_passes)]
+        quiet = 0 if all_passes else sum(1 for p in self.passes if not p.changes and not p.refusals)
+        if quiet:
+            parts.append(Text(f"{quiet} more passes found nothing to do", style="dim"))
+        parts.extend(Text(line) for line in self._summary())
+        for entry in self.passes:
+            for reason, count in Counter(r.reason for r in entry.refusals).most_common(3):
+                times = f" ({count} times)" if count > 1 else ""
+                parts.append(Text(f"{entry.name} declined{times}: {reason}", style="dim"))
+        for sentence in (*self.remarks, *(r for p in self.passes for r in p.remarks)):
+            parts.append(Text(f"remark: {sentence}", style="yellow"))
+        return parts
+
+    def _table(self, *, all_passes: bool) -> RenderableType:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("pass", overflow="fold")
+        table.add_column("contract")
+        for title in ("changes", "declined", "ms", "SQNR dB", "parameters", "bytes", "MACs"):
+            table.add_column(title, justify="right")
+        for entry in self.passes:
+            if not all_passes and not entry.changes and not entry.refusals:
+                continue
+            table.add_row(
+                entry.name,
+                entry.contract,
+                str(len(entry.changes)),
+                str(len(entry.refusals)),
+                f"{1e3 * entry.seconds:.1f}",
+                sqnr_text(entry.fidelity),
+                *cost_cells(entry.cost),
+            )
+        return table
+
+    def _summary(self) -> list[str]:
+        nodes = f"{self.changes} rewrites for {self.target}"
+        stages = ", ".join(f"{stage} {s:.1f} s" for stage, s in self.seconds.items())
+        lines = [f"{nodes}; {stages}"]
+        if self.fidelity is not None:
+            lines.append(f"outputs against the original: {fidelity_text(self.fidelity)}")
+        if self.runtime is not None and "operators" in self.runtime:
+            counts = sorted(self.runtime["operators"].items(), key=lambda item: -item[1])
+            shown = ", ".join(f"{count} {name}" for name, count in counts[:10])
+            more = f", and {len(counts) - 10} other kinds" if len(counts) > 10 else ""
+            lines.append(f"the runtime runs: {shown}{more}")
+        return lines
+
+
+def sqnr_text(fidelity: Fidelity | None) -> str:
+    """SQNR in dB for a table; ``equal`` where there is no difference at all."""
+    if fidelity is None:
+        return "-"
+    value = fidelity.to_dict()["sqnr_db"]
+    return "equal" if value is None else f"{value:.1f}"
+
+
+def fidelity_text(fidelity: Fidelity) -> str:
+    """One line for people."""
+    if fidelity.to_dict()["sqnr_db"] is None and fidelity.equal:
+        return "identical"
+    return (
+        f"SQNR {sqnr_text(fidelity)} dB, cosine {fidelity.cosine:.6f}, "
+        f"largest difference {fidelity.max_abs:.2e}"
+    )
+
+
+def cost_cells(cost: Cost) -> tuple[str, str, str]:
+    """Parameters, bytes and MACs with unit prefixes."""
+    return (_prefixed(cost.parameters), _prefixed(cost.bytes) + "B", _prefixed(cost.macs))
+
+
+def _prefixed(number: int) -> str:
+    for size, prefix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {prefix}"
+    return f"{number} "

@@ -1,0 +1,96 @@
+"""Terminal output shared by the commands: tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+_PLAIN_WIDTH = 120
+_SILENT_SECONDS = 2.0
+
+
+def stdout() -> Console:
+    """The console for results: colored on a terminal, plain and wide in a pipe."""
+    if sys.stdout.isatty():
+        return Console()
+    return Console(width=int(os.environ.get("COLUMNS", _PLAIN_WIDTH)), color_system=None)
+
+
+def print_parts(parts: list[RenderableType]) -> None:
+    """Print rich parts on stdout."""
+    console = stdout()
+    for part in parts:
+        console.print(part, highlight=False)
+
+
+def print_json(data: Any) -> None:  # noqa: ANN401 - anything json takes
+    """Print strict JSON on stdout and nothing else."""
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+class Stages:
+    """Names the stage a long command is in; draws a bar where it knows how far it is."""
+
+    def __init__(self, progress: Progress | None):
+        self._progress = progress
+        self._task = progress.add_task("starting", total=None) if progress else None
+        self.name = "starting"
+
+    def __call__(self, name: str, done: int | None = None, total: int | None = None) -> None:
+        """Enter a stage, or report progress within it."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=name, completed=done or 0, total=total)
+        elif name.split(":")[0] != self.name.split(":")[0]:
+            self._say(name)
+        self.name = name
+
+    def _say(self, name: str) -> None:
+        """Without a terminal: one line per stage, so that a log shows where time went."""
+        sys.stderr.write(f"{name} ...\n")
+        sys.stderr.flush()
+
+
+@contextmanager
+def stages(*, quiet: bool = False) -> Iterator[Stages]:
+    """Show progress on stderr for work that takes longer than two seconds.
+
+    A terminal gets a spinner and a bar, anything else one line per stage; ``quiet`` gets nothing.
+    """
+    if quiet:
+        yield _Quiet()
+        return
+    if not sys.stderr.isatty():
+        yield Stages(None)
+        return
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    start = threading.Timer(_SILENT_SECONDS, progress.start)
+    start.daemon = True
+    start.start()
+    try:
+        yield Stages(progress)
+    finally:
+        start.cancel()
+        progress.stop()
+
+
+class _Quiet(Stages):
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def _say(self, name: str) -> None:
+        """Say nothing."""
