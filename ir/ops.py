@@ -126,6 +126,23 @@ def is_pure(target: Any) -> bool:  # noqa: ANN401
     return target not in ASSERTIONS
 
 
+def is_pure_call(node: Node) -> bool:
+    """Like ``is_pure``, for one call.
+
+    Dropout, attention and recurrent layers are declared random; in evaluation mode they draw
+    nothing.
+    """
+    if is_pure(node.target):
+        return True
+    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+        return False
+    declared = {a.name for a in node.target._schema.arguments}
+    for switch in ("train", "training"):
+        if switch in declared:
+            return argument(node, switch) is False
+    return "dropout_p" in declared and argument(node, "dropout_p") == 0
+
+
 @cache
 def is_view(target: Any) -> bool:  # noqa: ANN401
     """Whether the result may share storage with the first argument."""

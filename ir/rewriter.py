@@ -17,7 +17,7 @@ from torch.fx.node import Argument, Target
 
 from planish.ir.errors import PassError, source_line
 from planish.ir.infer import fake_constant, infer, infer_node
-from planish.ir.ops import is_pure
+from planish.ir.ops import is_pure_call
 from planish.ir.program import Program
 from planish.ir.tensortype import SparseLayout, type_text
 
@@ -281,7 +281,7 @@ class Rewriter:
             dead = pending.pop()
             if dead.users or dead._erased or dead.op not in ("call_function", "get_attr"):
                 continue
-            if dead.op == "call_function" and not is_pure(dead.target):
+            if dead.op == "call_function" and not is_pure_call(dead):
                 continue
             inputs = dead.all_input_nodes
             for listener in self.listeners:
