@@ -1,0 +1,95 @@
+"""``planish export``: the export-to-ONNX tool."""
+
+from __future__ import annotations
+
+import click
+
+from planish.tools.console import print_json, stages, stdout
+from planish.tools.options import (
+    check_output,
+    common,
+    model_argument,
+    opset_option,
+    optimize_loaded,
+    target_option,
+    verify_option,
+)
+
+
+@click.command()
+@model_argument
+@click.option("-o", "--output", required=True, help="The file to write, *.onnx.")
+@opset_option
+@target_option
+@click.option(
+    "--recipe", default="exact", show_default=True, help="'none' exports the model as traced."
+)
+@verify_option
+@common
+def export(
+    model: str,
+    output: str,
+    opset: int | None,
+    target: str | None,
+    recipe: str,
+    verify: str,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Export MODEL to a verified ONNX file of standard operators.
+
+    The file's outputs are compared with the model's on the example inputs and on a second set of
+    sizes before the file is moved into place.
+
+    \b
+    Examples:
+      planish export ./minilm -o minilm.onnx
+      planish export my_package.models:build -o model.onnx --opset 20
+      planish export model.pt2 -o model.onnx --target onnxruntime-cpu --recipe none
+    """
+    from planish.tools.loading import load_model
+
+    out = check_output(output)
+    with stages(quiet=quiet) as stage:
+        stage("loading")
+        loaded = load_model(model)
+        result = optimize_loaded(
+            loaded, stage, recipe=recipe, target=target or "onnx", verify=verify, seed=seed
+        )
+        stage("exporting")
+        artifact = result.export(out, opset=opset, verify=verify != "off")
+    comparison = artifact.comparison
+    if as_json:
+        print_json(
+            {
+                "path": str(artifact.path),
+                "target": artifact.target,
+                "opset": artifact.opset,
+                "bytes": artifact.bytes,
+                "files": [str(f) for f in artifact.files],
+                "inputs": list(artifact.input_names),
+                "outputs": list(artifact.output_names),
+                "operators": dict(artifact.operators),
+                "max_abs": comparison.max_abs if comparison else None,
+                "probes": list(comparison.probes) if comparison else [],
+                "remarks": list(result.report.remarks),
+            }
+        )
+        return
+    console = stdout()
+    console.print(
+        f"wrote {artifact.path}: opset {artifact.opset}, {artifact.bytes / 1e6:.1f} MB, "
+        f"{sum(artifact.operators.values())} operators",
+        highlight=False,
+    )
+    console.print(f"  inputs   {', '.join(artifact.input_names)}", highlight=False)
+    console.print(f"  outputs  {', '.join(artifact.output_names)}", highlight=False)
+    if comparison is not None:
+        console.print(
+            f"  checked  {'; '.join(comparison.probes)}: largest difference "
+            f"{comparison.max_abs:.2e}",
+            highlight=False,
+        )
+    for remark in result.report.remarks:
+        console.print(f"remark: {remark}", highlight=False)

@@ -1,0 +1,96 @@
+"""``planish optimize``: run a recipe, check every step, write the artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from planish.tools.console import print_json, print_parts, stages, stdout
+from planish.tools.options import (
+    check_output,
+    common,
+    model_argument,
+    opset_option,
+    optimize_loaded,
+    target_option,
+    verify_option,
+)
+
+
+@click.command()
+@model_argument
+@click.option("-o", "--output", default=None, help="The artifact to write, *.onnx.")
+@click.option(
+    "--recipe",
+    default="exact",
+    show_default=True,
+    help="Recipe name, YAML file, or text such as 'fold-batch-norm,remove-identities'.",
+)
+@target_option
+@opset_option
+@verify_option
+@click.option(
+    "--calibration",
+    default=None,
+    metavar="MODULE:CALLABLE",
+    help="Called without arguments; returns an iterable of inputs.",
+)
+@click.option("--dump-dir", type=click.Path(path_type=Path), help="Program after every pass.")
+@click.option("--report", type=click.Path(path_type=Path), help="Also write the report (*.json, *.txt).")
+@click.option("--all-passes", is_flag=True, help="Show passes that found nothing to do.")
+@common
+def optimize(
+    model: str,
+    output: str | None,
+    recipe: str,
+    target: str | None,
+    opset: int | None,
+    verify: str,
+    calibration: str | None,
+    dump_dir: Path | None,
+    report: Path | None,
+    all_passes: bool,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Optimize MODEL with a recipe and write a verified artifact.
+
+    \b
+    Examples:
+      planish optimize ./minilm -o minilm.onnx
+      planish optimize my_package.models:build -o model.onnx --recipe recipe.yaml
+      planish optimize model.pt2 --recipe 'fold-batch-norm,remove-identities' --json
+    """
+    from planish.tools.loading import import_callable, load_model
+    from planish.tools.writing import write_text
+
+    out = check_output(output) if output is not None else None
+    with stages(quiet=quiet) as stage:
+        stage("loading")
+        loaded = load_model(model)
+        extra: dict[str, object] = {"dump_dir": dump_dir}
+        if calibration is not None:
+            extra["calibration"] = import_callable(calibration)()
+        result = optimize_loaded(
+            loaded,
+            stage,
+            recipe=recipe,
+            target=target or "onnxruntime-cpu",
+            verify=verify,
+            seed=seed,
+            extra=extra,
+        )
+        if out is not None:
+            stage("exporting")
+            result.export(out, opset=opset, verify=verify != "off")
+    if report is not None:
+        text = result.report.to_json() if report.suffix == ".json" else result.report.to_text()
+        write_text(report, text)
+    if as_json:
+        print_json({**result.report.to_dict(), "output": str(out) if out else None})
+        return
+    print_parts(result.report.render(all_passes=all_passes))
+    if out is not None:
+        stdout().print(f"wrote {out}", highlight=False)

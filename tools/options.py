@@ -1,0 +1,119 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from planish.ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from planish.optimized import Optimized
+    from planish.passes.base import Pass
+    from planish.tools.console import Stages
+    from planish.tools.loading import Loaded
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def common(function: F) -> F:
+    """``--seed``, ``--json`` and ``--quiet``."""
+    for option in (
+        click.option("--quiet", is_flag=True, help="No progress output."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("--seed", default=0, show_default=True, help="Of everything random."),
+    ):
+        function = option(function)
+    return function
+
+
+model_argument = click.argument("model", metavar="MODEL")
+
+target_option = click.option(
+    "--target", default=None, help="onnx (portable) or onnxruntime-cpu."
+)
+
+verify_option = click.option(
+    "--verify",
+    type=click.Choice(["each", "end", "off"]),
+    default="each",
+    show_default=True,
+    help="When to check the program: after each pass, at the end, never.",
+)
+
+opset_option = click.option("--opset", type=int, default=None, help="ONNX operator set version.")
+
+
+class PassProgress:
+    """An instrument that moves the progress bar along the passes."""
+
+    def __init__(self, stages: Stages):
+        self._stages = stages
+        self._done = 0
+
+    def before_pipeline(self, run: Any) -> None:  # noqa: ANN401 - the instrument protocol
+        """Learn how many passes there are."""
+        self._total = len(run.recipe.passes)
+
+    def before_pass(self, step: Any) -> None:  # noqa: ANN401
+        """Show the pass."""
+        self._stages(f"pass: {step.name}", self._done, self._total)
+        self._done += 1
+
+    def after_pipeline(self, run: Any) -> None:  # noqa: ANN401
+        """The rest is bookkeeping."""
+        self._stages("finishing")
+
+
+def optimize_loaded(
+    loaded: Loaded,
+    stages: Stages,
+    *,
+    recipe: str | list[Pass],
+    target: str,
+    verify: str = "each",
+    seed: int = 0,
+    extra: Mapping[str, Any] | None = None,
+) -> Optimized:
+    """``planish.optimize`` on a loaded model, with progress."""
+    import planish
+
+    stages("capturing")
+    return planish.optimize(
+        loaded.model,
+        loaded.example_inputs,
+        dynamic_shapes=loaded.dynamic_shapes,
+        recipe=recipe,
+        target=target,
+        verify=verify,  # type: ignore[arg-type] - click has checked the choice
+        seed=seed,
+        instruments=(PassProgress(stages),),  # type: ignore[arg-type] - hooks are optional
+        **(extra or {}),
+    )
+
+
+def check_output(path: str, suffixes: tuple[str, ...] = (".onnx",)) -> Path:
+    """Refuse an output path that cannot work, before any long work is done.
+
+    Raises:
+        UsageError: wrong suffix, missing or unwritable folder, or a folder.
+    """
+    import os
+
+    out = Path(path)
+    if out.suffix not in suffixes:
+        raise UsageError(
+            f"cannot write {path!r}: no target writes {out.suffix or 'a file without a suffix'}",
+            hint="name it " + " or ".join(f"*{s}" for s in suffixes),
+        )
+    if out.is_dir():
+        raise UsageError(f"{path!r} is a folder", hint="give a file name")
+    folder = out.parent
+    if not folder.is_dir():
+        raise UsageError(f"the folder {str(folder)!r} does not exist", hint=f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"the folder {str(folder)!r} is not writable")
+    return out
