@@ -1,10 +1,10 @@
 """Import torchvision and timm, on a torch that torchvision's compiled part may not match.
 
-torchvision registers shape rules for two of its own operators, ``nms`` and ``qnms``, the moment it
-is imported. Where its compiled extension cannot be loaded (the wheel was built against another torch
+torchvision registers shape rules for two of its own operators, ``nms`` and ``qnms``, when it is
+imported. Where its compiled extension cannot be loaded (the wheel was built against another torch
 build, for example the CUDA one beside a CPU torch) nobody has declared them, and the import stops
-with "operator torchvision::nms does not exist". Declaring the two schemas is enough: the networks of
-the zoo call neither, and a call to one still fails loudly for want of a kernel.
+with "operator torchvision::nms does not exist". Declaring the two schemas is enough: the networks
+of the zoo call neither, and a call to one still fails loudly for want of a kernel.
 
 Both packages may also lie where ``fetch.py`` unpacked them. Keeping them out of the environment
 matters: transformers imports an installed torchvision by itself, and fails where that import fails.
