@@ -33,6 +33,17 @@ class PlanishError(Exception):
             parts.append(f"  try: {hint}")
         super().__init__("\n".join(parts))
 
+    def within(self, context: str, where: str | Node | None = None) -> None:
+        """Say in which pass or rule this error arose, before it is raised again.
+
+        Args:
+            context: put before the message: ``"pass fold-batch-norm"``.
+            where: taken if the error names no place of its own.
+        """
+        self.what = f"{context}: {self.what}"
+        place = describe(where) if isinstance(where, Node) else where
+        PlanishError.__init__(self, self.what, where=self.where or place, hint=self.hint)
+
 
 class UsageError(PlanishError):
     """The call itself was malformed: a wrong argument, a missing file."""
@@ -75,7 +86,9 @@ class ExportError(PlanishError):
 
 
 # Frames of torch, transformers' decorators and planish itself say nothing to the user.
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)')
+_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)'
+)
 _NOT_USER = ("/torch/nn/modules/module.py", "/torch/_dynamo/", "/torch/fx/", "/torch/export/")
 
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from planish.ir.errors import PassError, source_line
+from planish.ir.errors import PassError, PlanishError, source_line
 from planish.ir.program import Program
-from planish.ir.rewriter import Rewriter
+from planish.ir.rewriter import Rewriter, rule_failed
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,16 @@ class _Worklist:
                     self.push(user)
 
 
+def _look(rule: Rule, node: Node, program: Program) -> Match | Refusal | None:
+    try:
+        return rule.match(node, program)
+    except PlanishError as error:
+        error.within(f"rule {rule.name}", node)
+        raise
+    except Exception as error:  # whatever a rule may raise; all are reported alike
+        raise rule_failed(rule.name, node, error) from error
+
+
 def rewrite_greedily(
     program: Program, rules: Sequence[Rule], rewriter: Rewriter
 ) -> tuple[Refusal, ...]:
@@ -137,7 +147,7 @@ def rewrite_greedily(
     try:
         while (node := worklist.pop()) is not None:
             for rule in by_root.get(node.target, ()):
-                found = rule.match(node, program)
+                found = _look(rule, node, program)
                 refusals.pop((rule.name, node.name), None)
                 if isinstance(found, Refusal):
                     refusals[rule.name, node.name] = found

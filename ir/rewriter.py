@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import Argument, Target
 
-from planish.ir.errors import PassError, source_line
+from planish.ir.errors import PassError, PlanishError, source_line
 from planish.ir.infer import fake_constant, infer, infer_node
 from planish.ir.ops import is_pure_call
 from planish.ir.program import Program
@@ -93,6 +93,7 @@ class _Open:
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     detail: str = ""
+    edited: bool = False
 
 
 class Rewriter:
@@ -121,6 +122,9 @@ class Rewriter:
         """Open one rewrite site; yields whether the rewrite may be done.
 
         New nodes go right before ``root``. A site in which nothing was edited is not a change.
+
+        Raises:
+            PassError: the rewrite failed; names the rule and the node.
         """
         if self._site is not None:
             raise PassError(f"rule {rule} opened a site inside the site of {self._site.rule}")
@@ -132,8 +136,15 @@ class Rewriter:
         self._site = opened
         try:
             yield True
+        except PlanishError as error:
+            error.within(f"rule {rule}", root)
+            raise
+        except Exception as error:  # whatever a rule may raise; all are reported alike
+            raise rule_failed(rule, root, error) from error
         finally:
             self._site = None
+        if not opened.edited:
+            return
         self.changes.append(
             Change(
                 opened.number,
@@ -158,6 +169,11 @@ class Rewriter:
         if self._site is None:
             raise PassError(f"pass {self.pass_name} edited the graph outside of a rewrite site")
         return self._site
+
+    def _edit(self) -> _Open:
+        site = self._opened()
+        site.edited = True
+        return site
 
     # -- edits --------------------------------------------------------------------------------
 
@@ -226,7 +242,7 @@ class Rewriter:
         return node
 
     def _stamp(self, node: Node, value: Any, sources: list[Node]) -> None:  # noqa: ANN401
-        site = self._opened()
+        site = self._edit()
         for key in _INHERITED:
             if sources and key in sources[0].meta:
                 node.meta[key] = sources[0].meta[key]
@@ -239,9 +255,9 @@ class Rewriter:
 
     def replace(self, old: Node, new: Argument) -> None:
         """Let all users of ``old`` read ``new`` instead, then erase what nobody reads anymore."""
-        self._opened()
         if new is old:
             return
+        self._edit()
         users = list(old.users)
         if isinstance(new, Node):
             if not self._same_type(old, new):
@@ -261,7 +277,7 @@ class Rewriter:
         self, node: Node, args: Sequence[Argument], kwargs: Mapping[str, Argument] | None = None
     ) -> None:
         """Change a node's arguments in place; its type is derived anew."""
-        site = self._opened()
+        site = self._edit()
         before = list(node.all_input_nodes)
         node.args = tuple(args)
         if kwargs is not None:
@@ -288,7 +304,7 @@ class Rewriter:
                 listener.erased(dead)
             self._leave_anchor(dead)
             self._stale.pop(dead, None)
-            self._opened().removed.append(dead.name)
+            self._edit().removed.append(dead.name)
             self.program.graph.erase_node(dead)
             self.program.touch()
             pending.extend(inputs)
@@ -300,7 +316,7 @@ class Rewriter:
         inputs = node.all_input_nodes
         self._leave_anchor(node)
         self._stale.pop(node, None)
-        self._opened().removed.append(node.name)
+        self._edit().removed.append(node.name)
         self.program.graph.erase_node(node)
         self.program.touch()
         for value in inputs:
@@ -350,6 +366,11 @@ class Rewriter:
         for node in program.graph.find_nodes(op="get_attr"):
             if node.target == old:
                 node.target = new
+
+
+def rule_failed(rule: str, node: Node, error: Exception) -> PassError:
+    """The error for a rule that raised something it should not."""
+    return PassError(f"rule {rule} failed: {type(error).__name__}: {error}", where=node)
 
 
 def _replace_in(user: Node, old: Node, new: Argument) -> None:
