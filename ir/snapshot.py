@@ -1,0 +1,66 @@
+"""What tensors looked like before a pass, so that a write into one is found."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from planish.ir.program import Program
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    tensor: Tensor
+    version: int | None  # torch counts in-place writes; not for tensors of inference mode
+    checksum: int | None
+
+
+class Snapshot:
+    """Constants and samples of a program, as they were when it was taken.
+
+    Torch counts the in-place operations on a tensor, which costs nothing to read. The count misses
+    writes through ``tensor.data``, NumPy or another library; ``values=True`` finds these too, by
+    a checksum of all bytes (about 1 GB/s), as do tensors of inference mode, which have no count.
+
+    Args:
+        program: holds the tensors; it is not kept alive, they are.
+        values: also take checksums.
+    """
+
+    def __init__(self, program: Program, *, values: bool = False):
+        self._entries = [
+            _Entry(name, tensor, version, checksum(tensor) if values or version is None else None)
+            for name, tensor in _tensors(program)
+            for version in [None if tensor.is_inference() else tensor._version]
+        ]
+
+    def written(self) -> Iterator[str]:
+        """Names of the tensors that were written since."""
+        for entry in self._entries:
+            if entry.version is not None and entry.tensor._version != entry.version:
+                yield entry.name
+            elif entry.checksum is not None and checksum(entry.tensor) != entry.checksum:
+                yield entry.name
+
+
+def _tensors(program: Program) -> Iterator[tuple[str, Tensor]]:
+    for name, value in program.constants.items():
+        if isinstance(value, Tensor):
+            yield f"the constant {name!r}", value
+    for number, sample in enumerate(program.samples):
+        for name, value in zip(program.signature.tensor_names, sample, strict=False):
+            if isinstance(value, Tensor):
+                yield f"the input {name!r} of sample {number}", value
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes, in logical order."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if not flat.numel():
+        return 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)

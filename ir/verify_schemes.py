@@ -1,0 +1,134 @@
+"""The verifier's rules on schemes: sparse layouts hold, quantization is possible and symmetric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from planish.ir.ops import argument, op_name
+from planish.ir.program import Program
+from planish.ir.tensortype import SparseLayout, dtype_name
+from planish.ir.verify_rules import Fault, Subject
+
+
+def sparse_layouts(subject: Subject) -> Iterator[Fault]:
+    """A constant claimed to be ``sparse<n:m>`` really is."""
+    program, since = subject.program, subject.since
+    for name, layout in program.layouts.items():
+        value = program.constants.get(name)
+        if not isinstance(value, Tensor):
+            yield Fault(f"the constant {name!r} is no tensor, and claims {layout}")
+            continue
+        checked = since is not None and since.layouts.get(name) == layout
+        if checked and name not in subject.new_constants:
+            continue
+        problem = layout_problem(value, layout)
+        if problem:
+            yield Fault(f"the constant {name!r} claims {layout}, but {problem}")
+
+
+def layout_problem(value: Tensor, layout: SparseLayout) -> str | None:
+    """Say why a tensor does not have a layout, or None where it does.
+
+    A last group of fewer than ``m`` entries may also hold ``n`` nonzeros.
+    """
+    if not 0 < layout.n <= layout.m:
+        return f"{layout.n}:{layout.m} is no layout"
+    if not -value.dim() <= layout.axis < value.dim():
+        return f"it has only {value.dim()} axes"
+    axis = layout.axis % value.dim()
+    whole = value.shape[axis] // layout.m * layout.m
+    nonzero = value != 0
+    groups = nonzero.narrow(axis, 0, whole).unflatten(axis, (-1, layout.m))
+    crowded = int((groups.sum(axis + 1) > layout.n).sum())
+    tail = nonzero.narrow(axis, whole, value.shape[axis] - whole)
+    crowded += int((tail.sum(axis) > layout.n).sum())
+    return f"{crowded} groups hold more than {layout.n} nonzeros" if crowded else None
+
+
+Scheme = Callable[[Program, Node], str | None]
+
+
+def operator_schemes(subject: Subject) -> Iterator[Fault]:
+    """Operators that quantize do so by a possible scheme, the same on both sides."""
+    for node in subject.program.operators:
+        scheme = OPERATOR_SCHEMES.get(op_name(node.target))
+        problem = scheme(subject.program, node) if scheme is not None else None
+        if problem:
+            yield Fault(problem, node)
+
+
+def known_value(program: Program, value: object) -> Tensor | None:
+    """An argument as a tensor, where its value is known: a number or a constant."""
+    if isinstance(value, (bool, int, float)):
+        return torch.tensor(value)
+    return program.constant(value)
+
+
+def scale_problem(program: Program, scale: object) -> str | None:
+    """Say why a scale is none, or None where it is positive and finite (or not known)."""
+    value = known_value(program, scale)
+    if value is None or bool(((value > 0) & value.isfinite()).all()):
+        return None
+    return "its scale is not positive and finite everywhere"
+
+
+def _decomposed_scheme(program: Program, node: Node) -> str | None:
+    """The scheme of torch's ``quantized_decomposed`` operators (an exported PT2E model)."""
+    declared = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    scale, zero = ("scales", "zero_points") if "scales" in declared else ("scale", "zero_point")
+    low, high = argument(node, "quant_min"), argument(node, "quant_max")
+    dtype = argument(node, "dtype")
+    info = torch.iinfo(dtype)
+    if not info.min <= low < high <= info.max:
+        return f"its range {low} to {high} is no range of {dtype_name(dtype)}"
+    zeros = known_value(program, argument(node, zero))
+    if zeros is not None and not bool(((zeros >= low) & (zeros <= high)).all()):
+        return f"its zero point is outside of {low} to {high}"
+    return scale_problem(program, argument(node, scale)) or _partner_problem(
+        program, node, (scale, zero, "quant_min", "quant_max", "dtype", "axis")
+    )
+
+
+def _partner_problem(program: Program, node: Node, names: tuple[str, ...]) -> str | None:
+    """Say in what a dequantize differs from the quantize it reads."""
+    source = node.args[0]
+    if not isinstance(source, Node) or op_name(node.target) != op_name(source.target).replace(
+        ".quantize", ".dequantize"
+    ):
+        return None
+    declared = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    for name in names:
+        if name not in declared:
+            continue
+        mine, other = argument(node, name), argument(source, name)
+        if not _same_value(program, mine, other):
+            return f"its {name} is not that of {source.name}, which quantized its input"
+    return None
+
+
+def _same_value(program: Program, a: object, b: object) -> bool:
+    if a is b:
+        return True
+    x, y = known_value(program, a), known_value(program, b)
+    if x is not None and y is not None:
+        return x.shape == y.shape and bool(torch.equal(x, y))
+    if isinstance(a, Node) and isinstance(b, Node):
+        return a.op == b.op == "get_attr" and a.target == b.target
+    return bool(a == b)
+
+
+_DECOMPOSED = "quantized_decomposed."
+
+# Operator, as it is printed -> what its scheme must satisfy.
+OPERATOR_SCHEMES: Mapping[str, Scheme] = {
+    _DECOMPOSED + "quantize_per_tensor": _decomposed_scheme,
+    _DECOMPOSED + "quantize_per_tensor.tensor": _decomposed_scheme,
+    _DECOMPOSED + "quantize_per_channel": _decomposed_scheme,
+    _DECOMPOSED + "dequantize_per_tensor": _decomposed_scheme,
+    _DECOMPOSED + "dequantize_per_tensor.tensor": _decomposed_scheme,
+    _DECOMPOSED + "dequantize_per_channel": _decomposed_scheme,
+}
