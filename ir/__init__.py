@@ -3,6 +3,7 @@
 if __name__ != "planish.ir":
     raise ImportError("import this package as 'planish.ir'")
 
+from planish.ir import operators
 from planish.ir.capture import capture, from_exported
 from planish.ir.pattern import Match, Refusal, Rule, rewrite_greedily
 from planish.ir.program import Program, Signature
@@ -21,6 +22,7 @@ __all__ = [
     "capture",
     "diff",
     "from_exported",
+    "operators",
     "rewrite_greedily",
     "text",
 ]
