@@ -94,9 +94,15 @@ def one_output(subject: Subject) -> Iterator[Fault]:
 
 
 def no_dead_nodes(subject: Subject) -> Iterator[Fault]:
-    """Every operator without effect, and every constant read, is used."""
+    """A pass leaves no operator without effect, and no constant, that nobody reads.
+
+    What was dead before it is not its concern: traced models carry dead values along.
+    """
+    if subject.since is None:
+        return
+    dead_before = {n.name for n in subject.since.nodes if not n.users}
     for node in subject.program.nodes:
-        if node.users or node.op not in ("call_function", "get_attr"):
+        if node.users or node.name in dead_before or node.op not in ("call_function", "get_attr"):
             continue
         if node.op == "get_attr" or is_pure(node.target):
             yield Fault("nobody reads this value", node)

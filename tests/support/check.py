@@ -20,7 +20,9 @@ from planish.ir.compare import bounds_of, difference
 from planish.ir.execute import run
 from planish.ir.probe import second_reference
 from planish.ir.program import Program
+from planish.ir.snapshot import Snapshot
 from planish.ir.text import text
+from planish.ir.verify import verify
 from planish.passes.base import Contract, Pass, PassContext, PassResult
 
 
@@ -110,9 +112,13 @@ def unchanged(
 
 def run_checked(before: Program, pass_: Pass, context: PassContext | None = None) -> PassResult:
     """Run a pass on a copy of a program, and hold the result against the original."""
-    shown = text(before, values=True)
+    verify(before)
+    shown = text(before)
+    snapshot = Snapshot(before, values=True)
     result = pass_.run(before.clone(), context or PassContext())
-    assert text(before, values=True) == shown, "the pass wrote into the program it was given"
+    verify(result.program, since=before, snapshot=snapshot)
+    verify(result.program)
+    assert text(before) == shown, "the pass edited the program it was given a copy of"
     _assert_provenance(before, result.program)
     if pass_.contract is Contract.EXACT:
         assert_equal(before, result.program)
