@@ -1,0 +1,180 @@
+"""What a target is, what a backend does for it, and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from planish.ir.compare import Fidelity
+from planish.ir.errors import ExportError
+from planish.ir.program import Program
+
+# A protobuf message cannot exceed 2 GiB; the rest of the file needs room too.
+PROTOBUF_LIMIT_BYTES = 2**31 - 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A place a program can be deployed to.
+
+    Attributes:
+        name: as users write it.
+        summary: one sentence for ``--help``.
+        suffix: of the artifact's file name.
+        opset: default ONNX operator set version.
+        opsets: smallest and largest version it can be asked for.
+    """
+
+    name: str
+    summary: str
+    suffix: str
+    opset: int
+    opsets: tuple[int, int]
+
+    def check_opset(self, opset: int | None) -> int:
+        """The operator set version to emit.
+
+        Raises:
+            ExportError: the target does not know this version.
+        """
+        if opset is None:
+            return self.opset
+        smallest, largest = self.opsets
+        if not smallest <= opset <= largest:
+            raise ExportError(
+                f"target {self.name!r} cannot be written with opset {opset}",
+                hint=f"use an opset from {smallest} to {largest}, or none for {self.opset}",
+            )
+        return opset
+
+
+def _no_remark(sentence: str) -> None:
+    """Drop a remark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How to write an artifact.
+
+    Attributes:
+        opset: ONNX operator set version; None for the target's default.
+        metadata: written into the artifact (recipe, fidelity, version), in this order.
+        choices: lowering choices to replay; None to take them from measurements.
+        external_data_bytes: constants go to a second file once all of them exceed this.
+        verify: whether to run the artifact and compare it with the program.
+        remark: takes a sentence for the report.
+    """
+
+    opset: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    choices: Mapping[str, str] | None = None
+    external_data_bytes: int = PROTOBUF_LIMIT_BYTES
+    verify: bool = True
+    remark: Callable[[str], None] = _no_remark
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeReport:
+    """What the runtime made of an artifact.
+
+    Attributes:
+        runtime: name and version, "onnxruntime 1.32.0".
+        providers: execution providers in order of preference.
+        operators: operator -> how many the runtime runs after its own optimization. Operators
+            outside of the standard set carry their domain: ``com.microsoft.nchwc.Conv``.
+        notes: sentences on what the runtime did that a reader would not expect.
+    """
+
+    runtime: str
+    providers: tuple[str, ...]
+    operators: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "runtime": self.runtime,
+            "providers": list(self.providers),
+            "operators": dict(self.operators),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How near an artifact's outputs are to the program's.
+
+    Attributes:
+        probes: what was compared, "sample 0", "batch=3, sequence=129".
+        fidelity: the worst of each metric over all probes.
+    """
+
+    probes: tuple[str, ...]
+    fidelity: Fidelity
+
+    @property
+    def max_abs(self) -> float:
+        """Largest absolute difference."""
+        return self.fidelity.max_abs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A written file.
+
+    Attributes:
+        path: the file.
+        target: name of the target it was written for.
+        files: all files that belong together, ``path`` first.
+        bytes: their size together.
+        opset: ONNX operator set version.
+        input_names: in the order of the program's tensor inputs.
+        output_names: in the order of the program's tensor outputs.
+        choices: the lowering choices made; pass them to ``ExportOptions`` to get the same file.
+        operators: operator -> count in the file, before any runtime touched it.
+        comparison: how close it is to the program; None where not verified.
+        runtime: what the runtime made of it; None where not verified.
+    """
+
+    path: Path
+    target: str
+    files: tuple[Path, ...]
+    bytes: int
+    opset: int
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    choices: Mapping[str, str]
+    operators: Mapping[str, int]
+    comparison: Comparison | None = None
+    runtime: RuntimeReport | None = None
+
+
+class Backend(ABC):
+    """Lowers programs to one target, runs the artifacts and reads back what happened."""
+
+    target: ClassVar[Target]
+
+    @abstractmethod
+    def export(
+        self, program: Program, path: str | Path, options: ExportOptions | None = None
+    ) -> Artifact:
+        """Legalize a copy, write it, check it against the program, move it into place.
+
+        Raises:
+            UnsupportedError: an operator has no translation; names the node and source line.
+            ExportError: the file cannot be written, or disagrees with the program.
+        """
+
+    @abstractmethod
+    def run(self, path: str | Path, inputs: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
+        """Run an artifact on flat inputs."""
+
+    @abstractmethod
+    def read_back(self, path: str | Path) -> RuntimeReport:
+        """Load an artifact and say what the runtime made of it."""

@@ -1,0 +1,119 @@
+"""Emit a program as an ONNX file: build, write aside, check, move into place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from planish.backends.base import Artifact, Backend, ExportOptions, RuntimeReport, Target
+from planish.backends.onnx_file import publish, staged, write_model
+from planish.ir.errors import ExportError
+from planish.ir.program import Program
+
+if TYPE_CHECKING:
+    import onnx
+
+    from planish.backends.onnx_graph import Style
+
+
+class OnnxBackend(Backend):
+    """What the ONNX targets share."""
+
+    def style(
+        self, program: Program, opset: int, options: ExportOptions
+    ) -> tuple[Style, Mapping[str, str]]:
+        """How to write operators that have several forms, and the choices to record."""
+        raise NotImplementedError
+
+    def check(self, model: onnx.ModelProto, path: Path) -> None:
+        """What must hold of every file of this target before it is run."""
+
+    def export(
+        self, program: Program, path: str | Path, options: ExportOptions | None = None
+    ) -> Artifact:
+        """Emit, write aside, run and compare, move into place."""
+        from planish.backends.onnx_build import build, count_operators
+        from planish.backends.onnx_translate import emit
+        from planish.backends.verify_artifact import verify_artifact
+
+        options = options or ExportOptions()
+        goal = Path(path)
+        opset = self.target.check_opset(options.opset)
+        with staged(goal) as aside:
+            style, choices = self.style(program, opset, options)
+            emitter = emit(program, opset, style)
+            model, initializers, outputs = build(emitter, options.metadata)
+            files = write_model(
+                model, initializers, aside, external_data_bytes=options.external_data_bytes
+            )
+            self.check(model, aside)
+            operators = count_operators(model)
+            comparison, runtime = (None, None)
+            if options.verify:
+                comparison, runtime = verify_artifact(program, aside, options.remark)
+            final = publish(files, goal)
+        return Artifact(
+            path=goal,
+            target=self.target.name,
+            files=final,
+            bytes=sum(f.stat().st_size for f in final),
+            opset=opset,
+            input_names=program.signature.tensor_names,
+            output_names=outputs,
+            choices=choices,
+            operators=operators,
+            comparison=comparison,
+            runtime=runtime,
+        )
+
+    def run(self, path: str | Path, inputs: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
+        """Run a file in ONNX Runtime on flat inputs."""
+        from planish.backends.ort_run import Session
+
+        return Session(Path(path)).run(inputs)
+
+    def read_back(self, path: str | Path) -> RuntimeReport:
+        """Load a file in ONNX Runtime and read its optimized graph."""
+        from planish.backends.ort_run import read_back
+
+        return read_back(Path(path))
+
+
+class PortableOnnx(OnnxBackend):
+    """Standard operators only: loads in any ONNX runtime."""
+
+    target: ClassVar[Target] = Target(
+        name="onnx",
+        summary="an ONNX file of standard operators, for any runtime",
+        suffix=".onnx",
+        opset=20,
+        opsets=(18, 24),
+    )
+
+    def style(
+        self, program: Program, opset: int, options: ExportOptions
+    ) -> tuple[Style, Mapping[str, str]]:
+        """Nothing to choose: what every runtime has, in the form that hurts none."""
+        from planish.backends.onnx_graph import Style
+
+        return Style(), {}
+
+    def check(self, model: onnx.ModelProto, path: Path) -> None:
+        """Validate the file with ``onnx.checker``.
+
+        Raises:
+            ExportError: it is not a valid model.
+        """
+        import onnx.checker
+
+        try:
+            onnx.checker.check_model(str(path))
+        except onnx.checker.ValidationError as error:
+            raise ExportError(
+                f"the emitted file is not valid ONNX: {str(error).splitlines()[0]}",
+                hint="this is a defect of planish: report it with the model",
+            ) from error

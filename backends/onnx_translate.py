@@ -1,0 +1,99 @@
+"""The table of translations, and the walk that applies it to a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from planish.backends.onnx_attention import ATTENTION
+from planish.backends.onnx_graph import Emitter, Style, Translator
+from planish.backends.onnx_index import INDEXING
+from planish.backends.onnx_layers import LAYERS
+from planish.backends.onnx_numbers import NUMBER_OPS
+from planish.backends.onnx_pointwise import POINTWISE
+from planish.backends.onnx_recurrent import RECURRENT
+from planish.backends.onnx_reduce import REDUCTIONS
+from planish.backends.onnx_shapes import SHAPES
+from planish.ir.program import Program
+
+TABLE: dict[Any, Translator] = {
+    **POINTWISE,
+    **SHAPES,
+    **REDUCTIONS,
+    **INDEXING,
+    **LAYERS,
+    **RECURRENT,
+    **ATTENTION,
+}
+
+_EAGER_NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+
+
+def emit(program: Program, opset: int, style: Style) -> Emitter:
+    """Translate a program node by node.
+
+    Raises:
+        UnsupportedError: an operator has no ONNX form; names the node and its source line.
+    """
+    program = _ready(program, opset)
+    e = Emitter(program, opset, style)
+    signature = program.signature
+    e.reserve([*signature.tensor_names, *signature.output_names])
+    emit_nodes(e)
+    return e
+
+
+def emit_nodes(e: Emitter) -> None:
+    """Translate every node but the output."""
+    names = iter(e.program.signature.tensor_names)
+    for node in e.program.graph.nodes:
+        e.at(node)
+        if node.op == "placeholder":
+            e.add_input(node, next(names))
+        elif node.op == "get_attr":
+            tensor = e.known(node)
+            if tensor is not None:
+                e.hold(node, e.tensor(tensor, str(node.target)))
+        elif node.op == "call_function":
+            _emit_operator(e, node)
+
+
+def _emit_operator(e: Emitter, node: Node) -> None:
+    if node.target in NUMBER_OPS and not isinstance(node.meta.get("val"), Tensor):
+        if node.target in _EAGER_NUMBERS:
+            e.view(node)
+        return  # computed when somebody asks, mostly from its expression
+    translator = TABLE.get(node.target)
+    result = translator(e, node) if translator is not None else None
+    if result is None:
+        from planish.backends.onnx_fallback import translate_with_library
+
+        result = translate_with_library(e, node)
+    e.hold(node, result)
+
+
+def _ready(program: Program, opset: int) -> Program:
+    """The program, or a copy whose operators all have a translation."""
+    copied = False
+    for _ in range(4):  # a decomposition may contain operators that need one themselves
+        missing = [n for n in program.operators if not _known(n.target)]
+        if not missing:
+            return program
+        from planish.backends.onnx_fallback import decompose, in_library
+
+        strange = [n for n in missing if not in_library(n.target, opset)]
+        if not strange:
+            return program
+        if not copied:
+            names = {n.name for n in strange}
+            program, copied = program.clone(), True
+            strange = [n for n in program.operators if n.name in names]
+        decompose(program, strange, lambda t: _known(t) or in_library(t, opset))
+    return program
+
+
+def _known(target: Any) -> bool:  # noqa: ANN401
+    return target in TABLE or target in NUMBER_OPS
