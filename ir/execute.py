@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from planish.ir.errors import PassError, PlanishError
+from planish.ir.infer import reason
 from planish.ir.program import Program
 
 Observer = Callable[[Node, Any], None]
@@ -74,4 +75,4 @@ def _call(node: Node, env: dict[Node, Any]) -> Any:  # noqa: ANN401 - whatever t
     except PlanishError:
         raise
     except Exception as error:  # any operator may fail in its own way; all are reported alike
-        raise PassError(f"operator failed: {error}", where=node) from error
+        raise PassError(f"operator failed: {reason(error)}", where=node) from error

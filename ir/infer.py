@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -50,13 +50,52 @@ def infer(
     # A rewrite must not narrow the sizes the program is legal for, so no guard is recorded; one
     # that holds for the sample only is found by the second probe.
     quiet = shape_env.suppress_guards() if shape_env is not None else nullcontext()
+    function = _SHAPE_RULES.get(target, target)
     try:
         with mode, quiet, torch.no_grad():
-            return target(*fake_args, **fake_kwargs)  # type: ignore[operator]
+            return function(*fake_args, **fake_kwargs)  # type: ignore[operator]
     except Exception as error:  # shape functions raise RuntimeError, TypeError, IndexError, ...
-        raise PassError(f"{target} rejects these operands: {error}") from error
+        raise PassError(f"{target} rejects these operands: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """What an error of torch says, without the C++ frames that it may carry."""
+    return str(error).partition("\nException raised from")[0].strip() or type(error).__name__
 
 
 def infer_node(program: Program, node: Node) -> Any:  # noqa: ANN401
     """Derive a node's type from its operands' types."""
     return infer(program, node.target, node.args, node.kwargs)
+
+
+def _recurrent(
+    x: Tensor,
+    hx: Tensor | Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    """Types of ``lstm``, ``gru`` and ``rnn``, whose kernels reject symbolic sizes.
+
+    ``x: [T, B, I]`` (``[B, T, I]`` where ``batch_first``), states ``[layers * D, B, H]`` ->
+    ``[T, B, D * H]`` and the states, D being the number of directions.
+    """
+    states = [hx] if isinstance(hx, Tensor) else list(hx)
+    if x.shape[-1] != params[0].shape[-1]:
+        raise ValueError(f"{x.shape[-1]} features for weights of {params[0].shape[-1]}")
+    time, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+    features = states[0].shape[-1] * (2 if bidirectional else 1)
+    out = x.new_empty((time, batch, features))
+    return (out.transpose(0, 1) if batch_first else out, *(s.new_empty(s.shape) for s in states))
+
+
+_SHAPE_RULES: dict[Target, Callable[..., Any]] = {
+    torch.ops.aten.lstm.input: _recurrent,
+    torch.ops.aten.gru.input: _recurrent,
+    torch.ops.aten.rnn_tanh.input: _recurrent,
+    torch.ops.aten.rnn_relu.input: _recurrent,
+}
