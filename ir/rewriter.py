@@ -226,6 +226,7 @@ class Rewriter:
             layout: sparse layout the values have.
         """
         site = self._opened()
+        name = self._wanted_names.get(name, name)  # replaced again: the first name is still wished
         unique, count = name, 0
         while unique in self.program.constants:
             count += 1
