@@ -15,7 +15,6 @@ import sympy
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
-from torch.fx.node import map_arg
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from planish.ir.infer import infer_node
@@ -106,8 +105,7 @@ class Derivation:
         return value
 
     def _key(self, node: Node) -> Hashable | None:
-        args = map_arg((node.args, dict(node.kwargs)), lambda n: _TypeOf(n.meta.get("val")))
-        key = (node.target, _key(args))
+        key = (node.target, _key((node.args, dict(node.kwargs))))
         try:
             hash(key)
         except TypeError:  # an argument of a kind unknown here: derive it each time
@@ -115,23 +113,18 @@ class Derivation:
         return key
 
 
-class _TypeOf:
-    """Stands for an operand in a key: equal to every other value of exactly the same type."""
-
-    def __init__(self, value: object):
-        self.key = ("value", _key(value))
-
-
 def _key(value: Any) -> Hashable:  # noqa: ANN401 - whatever a node may hold or take
-    if isinstance(value, _TypeOf):
-        return value.key
+    """Equal for equal arguments, where an operand is equal to all of exactly its type."""
+    if isinstance(value, Node):
+        return ("operand", _key(value.meta.get("val")))
     if isinstance(value, Tensor):
         constant = id(getattr(value, "constant", None))  # a fake tensor may know its value
         shape = tuple(map(_key, value.shape))
         strides = tuple(map(_key, value.stride()))
         return (value.dtype, shape, strides, value.device, value.layout, constant)
     if isinstance(value, (SymInt, SymFloat, SymBool)):
-        return value.node.expr
+        expression: Hashable = value.node.expr
+        return expression
     if isinstance(value, Mapping):
         return tuple((k, _key(v)) for k, v in value.items())
     if isinstance(value, (tuple, list)):
