@@ -83,8 +83,9 @@ def optimize(
 
     if verify not in ("each", "end", "off"):
         raise UsageError(f"verify is {verify!r}", hint="use 'each', 'end' or 'off'")
-    load_target(target)
     resolved = resolve(recipe, target=target, seed=seed)
+    target = resolved.target or target
+    load_target(target)
     remarks: list[str] = []
     start = time.perf_counter()
     program = _captured(model, example_inputs, dynamic_shapes, remarks, seed)

@@ -47,27 +47,6 @@ verify_option = click.option(
 opset_option = click.option("--opset", type=int, default=None, help="ONNX operator set version.")
 
 
-class PassProgress:
-    """An instrument that moves the progress bar along the passes."""
-
-    def __init__(self, stages: Stages):
-        self._stages = stages
-        self._done = 0
-
-    def before_pipeline(self, run: Any) -> None:  # noqa: ANN401 - the instrument protocol
-        """Learn how many passes there are."""
-        self._total = len(run.recipe.passes)
-
-    def before_pass(self, step: Any) -> None:  # noqa: ANN401
-        """Show the pass."""
-        self._stages(f"pass: {step.name}", self._done, self._total)
-        self._done += 1
-
-    def after_pipeline(self, run: Any) -> None:  # noqa: ANN401
-        """The rest is bookkeeping."""
-        self._stages("finishing")
-
-
 def optimize_loaded(
     loaded: Loaded,
     stages: Stages,
@@ -80,6 +59,7 @@ def optimize_loaded(
 ) -> Optimized:
     """``planish.optimize`` on a loaded model, with progress."""
     import planish
+    from planish.tools.watching import PassProgress
 
     stages("capturing")
     return planish.optimize(
@@ -90,7 +70,7 @@ def optimize_loaded(
         target=target,
         verify=verify,  # type: ignore[arg-type] - click has checked the choice
         seed=seed,
-        instruments=(PassProgress(stages),),  # type: ignore[arg-type] - hooks are optional
+        instruments=(PassProgress(stages),),
         **(extra or {}),
     )
 

@@ -70,7 +70,7 @@ def export_planish(model, args, kwargs, dynamic_shapes, path):  # type: ignore[n
 def measure_once(side: str, model: str) -> dict[str, object]:
     """One fresh process; seconds, peak MB and the stages it named."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             [sys.executable, "-c", _CHILD, side, model, folder],
             capture_output=True,
             text=True,
@@ -93,7 +93,9 @@ def main(model: str, rounds: int, output: Path | None) -> None:
         for side in _SIDES if number % 2 == 0 else reversed(_SIDES):
             result = measure_once(side, model)
             results[side].append(result)  # type: ignore[arg-type]
-            print(f"{side:8} {result['seconds']:6.2f} s  {result['peak_mb']:7.0f} MB  {result['stages']}")
+            print(
+                f"{side:8} {result['seconds']:6.2f} s  {result['peak_mb']:7.0f} MB  {result['stages']}"
+            )
     for key, unit in (("seconds", "s"), ("peak_mb", "MB")):
         medians = {s: statistics.median(r[key] for r in results[s]) for s in _SIDES}
         ratios = [b[key] / a[key] for a, b in zip(*results.values(), strict=True)]
