@@ -150,10 +150,9 @@ def test_a_dimension_that_appears_only_derived_is_solved_for() -> None:
 
 def test_the_only_legal_size_stays() -> None:
     program = encoder(batch=2, length=6)
-    only = {
-        symbol: (6, 6) for symbol, name in program.signature.symbols.items() if name == "length"
-    }
-    object.__setattr__(program.signature, "ranges", {**program.signature.ranges, **only})
+    symbol = next(s for s, name in program.signature.symbols.items() if name == "length")
+    ranges = {**program.signature.ranges, symbol: (6, 6)}
+    program.signature = dataclasses.replace(program.signature, ranges=ranges)
     ids, _ = probe(program)
     assert ids.shape == (3, 6)
 
