@@ -45,12 +45,36 @@ from planish.passes.spec import (
 )
 from planish.passes.unbind import entries_of, unbind
 
-# Named recipes. Each but `none` contains the passes of `exact`. Sorted by what enables what:
-# cleanup first, so that the patterns of the others see plain graphs; composite operators are
-# recovered before their parts could be folded into something else; cleanup again at the end.
+_CLEANUP = (
+    "fold-constants",
+    "remove-identities",
+    "simplify-layout",
+    "eliminate-common-subexpressions",
+    "eliminate-dead-code",
+)
+
+# Named recipes; each but `none` contains the passes of `exact`. The order of `exact`: cleanup, so
+# that the patterns of the others meet plain graphs; then composite operators are recovered, before
+# their parts could be folded into something else; then what is left is folded into weights, padding
+# and batch norms first, since they stand between the others; then cleanup of what that left behind.
 RECIPES: Mapping[str, tuple[str, ...]] = {
     "none": (),
-    "exact": ("fold-constants",),
+    "exact": (
+        "merge-duplicate-constants",
+        *_CLEANUP,
+        "recover-norms",
+        "recover-activations",
+        "recover-rotary",
+        # "recover-attention",
+        "fold-padding",
+        "fold-batch-norm",
+        "fold-scale-shift",
+        "fold-scalar",
+        "merge-linears",
+        "fuse-parallel-linears",
+        *_CLEANUP,
+        "merge-duplicate-constants",
+    ),
 }
 
 _SETTINGS: Mapping[str, object] = {

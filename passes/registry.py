@@ -23,7 +23,23 @@ GROUP = "planish.passes"
 # In the order in which the documentation lists them.
 REGISTRY: Mapping[str, str] = {
     "fold-constants": "planish.passes.cleanup.fold_constants:FoldConstants",
+    "remove-identities": "planish.passes.cleanup.remove_identities:RemoveIdentities",
+    "simplify-layout": "planish.passes.cleanup.simplify_layout:SimplifyLayout",
+    "merge-duplicate-constants": (
+        "planish.passes.cleanup.merge_duplicate_constants:MergeDuplicateConstants"
+    ),
+    "eliminate-common-subexpressions": (
+        "planish.passes.cleanup.eliminate_common_subexpressions:EliminateCommonSubexpressions"
+    ),
+    "eliminate-dead-code": "planish.passes.cleanup.eliminate_dead_code:EliminateDeadCode",
+    "recover-norms": "planish.passes.fuse.norms:RecoverNorms",
+    "recover-activations": "planish.passes.fuse.activations:RecoverActivations",
+    "recover-rotary": "planish.passes.fuse.rotary:RecoverRotary",
+    "fold-padding": "planish.passes.fold.fold_padding:FoldPadding",
     "fold-batch-norm": "planish.passes.fold.fold_batch_norm:FoldBatchNorm",
+    "fold-scale-shift": "planish.passes.fold.fold_scale_shift:FoldScaleShift",
+    "fold-scalar": "planish.passes.fold.fold_scalar:FoldScalar",
+    "merge-linears": "planish.passes.fold.merge_linears:MergeLinears",
     "fuse-parallel-linears": "planish.passes.fuse.parallel_linears:FuseParallelLinears",
 }
 

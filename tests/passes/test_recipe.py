@@ -1,8 +1,6 @@
 """Recipes: every value survives text and YAML, and every mistake is named with what is near it."""
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,9 @@ from planish.ir.errors import RecipeError
 from planish.passes.base import Pass
 from planish.passes.recipe import RECIPES, Recipe, resolve, step_text
 from planish.passes.registry import REGISTRY, all_passes, pass_names
+from tests.support import example_passes as ex
 
-
-def _import_examples() -> Any:
-    """The example passes under a name that recipes can import."""
-    name = "planish_example_passes"
-    path = Path(__file__).with_name("example_passes.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-ex = _import_examples()
-HERE = "planish_example_passes:"
+HERE = "tests.support.example_passes:"
 
 # -- round trips ----------------------------------------------------------------------------------
 
@@ -396,7 +380,7 @@ def test_what_is_no_recipe_is_refused(value: Any, what: str) -> None:
     ],
 )
 def test_an_option_that_cannot_be_written_is_named(pass_: Pass) -> None:
-    with pytest.raises(RecipeError, match=r"pass 1, planish_example_passes:\w+\.\w+"):
+    with pytest.raises(RecipeError, match=r"pass 1, tests.support.example_passes:\w+\.\w+"):
         str(Recipe((pass_,)))
 
 

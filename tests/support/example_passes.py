@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -161,3 +162,36 @@ class NeedsCalibration(RoundWeights):
 
     name: ClassVar[str] = "needs-calibration"
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls(Pass):
+    """Whatever a test wants to happen inside a pass."""
+
+    name: ClassVar[str] = "calls"
+    contract: ClassVar[Contract] = Contract.EXACT
+    behavior: ClassVar[Callable[[Program, PassContext], Any]] = lambda p, c: PassResult(p)
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        found: PassResult = type(self).behavior(program, context)
+        return found
+
+
+def calling(
+    behavior: Callable[[Program, PassContext], Any],
+    *,
+    name: str = "calls",
+    contract: Contract = Contract.EXACT,
+    requires: frozenset[Fact] = frozenset(),
+) -> Pass:
+    """A pass that does what a function does."""
+    fields = {
+        "name": name,
+        "contract": contract,
+        "requires": requires,
+        "behavior": staticmethod(behavior),
+        "__module__": __name__,
+    }
+    cls = dataclass(frozen=True, kw_only=True)(type("Calls", (Calls,), fields))
+    found: Pass = cls()
+    return found

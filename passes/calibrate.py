@@ -1,0 +1,329 @@
+"""The spool: calibration inputs, read once from the caller and kept for every pass.
+
+A generator can be read only once and a loader may shuffle, so what the caller gives is read a
+single time, checked, and kept: the first batches in memory, later ones in a temporary folder that
+goes away with the spool. Passes iterate it as often as they like and get flat inputs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt, Tensor
+
+from planish.ir.errors import PlanishError, UsageError
+from planish.ir.program import Program
+from planish.ir.tensortype import dim_text, dtype_name
+from planish.passes.base import Contract, Fact
+from planish.passes.recipe import Recipe
+
+IN_MEMORY_BYTES = 64 << 20
+LIMIT_BYTES = 2 << 30
+
+UNUSED = "calibration was given, but no pass of the recipe is calibrated or lossy: it was not read"
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether calibration inputs have any use: for a pass, or to measure what a lossy one did."""
+    return any(
+        Fact.CALIBRATED in pass_.requires or pass_.contract is Contract.LOSSY
+        for pass_ in recipe.passes
+    )
+
+
+def spool(
+    calibration: Iterable[Any],
+    program: Program,
+    *,
+    remark: Callable[[str], None] = lambda sentence: None,
+    limit_bytes: int = LIMIT_BYTES,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
+) -> Spool:
+    """Read calibration inputs once.
+
+    Args:
+        calibration: an iterable of inputs, or a DataLoader. A dict is keyword arguments, a tuple
+            or list positional ones, a tensor one argument.
+        program: what the inputs are for; every batch is checked against its inputs.
+        remark: told if the limit ended the reading.
+        limit_bytes: how much is kept at most; at least one batch is.
+        in_memory_bytes: how much of that stays in memory.
+
+    Raises:
+        UsageError: it cannot be iterated, is empty, or a batch does not fit the program; says
+            which batch and why.
+    """
+    held = Spool(program, in_memory_bytes)
+    try:
+        for number, batch in enumerate(_batches(calibration)):
+            inputs = _flat(batch, program, number)
+            size = sum(v.numel() * v.element_size() for v in inputs if isinstance(v, Tensor))
+            if len(held) and held.bytes + size > limit_bytes:
+                remark(
+                    f"calibration ended after {len(held)} batches: more than "
+                    f"{limit_bytes / 2**20:.0f} MiB are not kept"
+                )
+                break
+            held.add(inputs, size)
+        if not len(held):
+            raise UsageError(
+                "calibration gave no batch",
+                hint="a generator can be read only once: pass a fresh one, or a list",
+            )
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
+class Spool:
+    """Kept calibration inputs; iterating gives one flat tuple of inputs per batch.
+
+    Use ``spool`` to fill one. It is a context manager; ``close`` removes what lies on disk, and
+    so does the end of its life.
+
+    Args:
+        program: names the inputs.
+        in_memory_bytes: batches beyond this go to disk.
+    """
+
+    def __init__(self, program: Program, in_memory_bytes: int = IN_MEMORY_BYTES):
+        self.names = program.signature.tensor_names
+        self.bytes = 0
+        self._in_memory_bytes = in_memory_bytes
+        self._memory: list[tuple[Any, ...]] = []
+        self._disk: list[tuple[Path, dict[int, Any]]] = []  # with what is no tensor
+        self._folder: Path | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._memory) + len(self._disk)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        if self._closed:
+            raise UsageError("the calibration spool is closed", hint="calibrate before closing it")
+        yield from self._memory
+        for path, plain in self._disk:
+            yield _read(path, plain)
+
+    def add(self, inputs: tuple[Any, ...], size: int) -> None:
+        """Keep one batch.
+
+        Args:
+            inputs: flat inputs; they are copied.
+            size: their bytes.
+        """
+        self.bytes += size
+        if self.bytes <= self._in_memory_bytes and not self._disk:
+            # A copy: loaders and generators may reuse one buffer for every batch.
+            self._memory.append(tuple(v.clone() if isinstance(v, Tensor) else v for v in inputs))
+            return
+        self._write(inputs)
+
+    def close(self) -> None:
+        """Drop everything that is kept."""
+        self._closed = True
+        self._memory = []
+        self._disk = []
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
+    def _write(self, inputs: tuple[Any, ...]) -> None:
+        from safetensors.torch import save_file
+
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="planish-calibration-"))
+            self._finalizer = weakref.finalize(
+                self, shutil.rmtree, self._folder, ignore_errors=True
+            )
+        path = self._folder / f"{len(self):06}.safetensors"
+        plain = {i: v for i, v in enumerate(inputs) if not isinstance(v, Tensor)}
+        # Distinct memory for each: the format refuses tensors that share it.
+        tensors = {
+            str(i): v.clone(memory_format=torch.contiguous_format)
+            for i, v in enumerate(inputs)
+            if isinstance(v, Tensor)
+        }
+        try:
+            save_file(tensors, path)
+        except OSError as error:
+            raise UsageError(
+                f"calibration inputs cannot be kept on disk: {error}",
+                where=str(path),
+                hint="make room there, set TMPDIR, or pass fewer batches",
+            ) from error
+        self._disk.append((path, plain))
+
+
+def _read(path: Path, plain: Mapping[int, Any]) -> tuple[Any, ...]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    count = len(tensors) + len(plain)
+    return tuple(plain[i] if i in plain else tensors[str(i)] for i in range(count))
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def _batches(calibration: Iterable[Any]) -> Iterator[Any]:
+    """The caller's batches, with errors that say what went wrong on the caller's side."""
+    if isinstance(calibration, (Mapping, Tensor, str, bytes)):
+        kind = "dict of inputs" if isinstance(calibration, Mapping) else type(calibration).__name__
+        raise UsageError(
+            f"calibration is one {kind}, not an iterable of inputs",
+            hint="put it into a list: calibration=[inputs]",
+        )
+    try:
+        iterator = iter(calibration)
+    except TypeError:
+        raise UsageError(
+            f"calibration is a {type(calibration).__name__}, which cannot be iterated",
+            hint="pass a list, a generator or a DataLoader of inputs",
+        ) from None
+    count = 0
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # the caller's own code, which may raise anything
+            raise UsageError(
+                f"calibration failed after {count} batches: {type(error).__name__}: {error}"
+            ) from error
+        yield batch
+        count += 1
+
+
+def _flat(batch: object, program: Program, number: int) -> tuple[Any, ...]:
+    """One batch as flat inputs on the CPU."""
+    where = f"calibration batch {number}"
+    if isinstance(batch, Mapping):
+        args: tuple[Any, ...] = ()
+        kwargs = dict(batch)
+    elif isinstance(batch, (tuple, list)):
+        args, kwargs = tuple(batch), {}
+    elif isinstance(batch, Tensor):
+        args, kwargs = (batch,), {}
+    else:
+        raise UsageError(
+            f"a {type(batch).__name__} is no input",
+            where=where,
+            hint="give tensors: a dict is keyword arguments, a tuple or list positional ones",
+        )
+    _refuse_labels(args, kwargs, program, where)
+    try:
+        inputs = program.signature.flatten(args, kwargs)
+    except PlanishError as error:
+        raise UsageError(error.what, where=where, hint=error.hint) from error
+    _check_inputs(inputs, program, where)
+    return tuple(v.detach().cpu() if isinstance(v, Tensor) else v for v in inputs)
+
+
+def _refuse_labels(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program, where: str
+) -> None:
+    """Name the usual mistake: a loader of (input, label) pairs."""
+    signature = program.signature
+    taken = signature.parameters or signature.input_names
+    names = ", ".join(taken)
+    if len(args) > len(taken):
+        raise UsageError(
+            f"it holds {len(args)} inputs where the model takes {len(taken)} ({names}); "
+            "the last looks like a label",
+            where=where,
+            hint="give inputs only: calibration=(batch[0] for batch in loader)",
+        )
+    stray = [name for name in kwargs if name not in taken and name not in signature.defaults]
+    if stray:
+        raise UsageError(
+            f"it holds {stray[0]!r}, which the model does not take ({names})",
+            where=where,
+            hint="give inputs only, without labels",
+        )
+
+
+def _check_inputs(inputs: tuple[Any, ...], program: Program, where: str) -> None:
+    """Hold a batch against the types of the program's inputs.
+
+    Raises:
+        UsageError: a dtype, a rank or a size is not legal; names the input.
+    """
+    sizes: dict[sympy.Symbol, int] = {}
+    derived: list[tuple[str, sympy.Expr, int]] = []
+    for node, name, value in zip(
+        program.placeholders, program.signature.tensor_names, inputs, strict=True
+    ):
+        declared = node.meta.get("val")
+        if not isinstance(declared, Tensor):
+            continue
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"input {name!r} is a {type(value).__name__}, not a tensor", where=where
+            )
+        if value.dtype != declared.dtype:
+            wanted = dtype_name(declared.dtype)
+            raise UsageError(
+                f"input {name!r} is {dtype_name(value.dtype)}; the model takes {wanted}",
+                where=where,
+                hint=f"convert it: {name}.to({declared.dtype})",
+            )
+        shape = _shape_text(declared, program)
+        if value.dim() != declared.dim():
+            raise _illegal(name, value, shape, where)
+        for dim, size in zip(declared.shape, value.shape, strict=True):
+            expr = dim.node.expr if isinstance(dim, SymInt) else sympy.Integer(dim)
+            if expr.is_Symbol:
+                known = sizes.setdefault(expr, size)
+                if known != size or not _in_range(program, expr, size):
+                    raise _illegal(name, value, shape, where)
+            elif expr.is_Integer:
+                if int(expr) != size:
+                    raise _illegal(name, value, shape, where)
+            else:
+                derived.append((name, expr, size))
+    for name, expr, size in derived:
+        at = expr.subs(sizes)
+        if at.is_Integer and int(at) != size:
+            raise UsageError(
+                f"input {name!r} has a size of {size}; the other inputs ask for {at}", where=where
+            )
+
+
+def _in_range(program: Program, symbol: sympy.Symbol, size: int) -> bool:
+    low, high = program.signature.ranges.get(str(symbol), (0, None))
+    return low <= size and (high is None or size <= high)
+
+
+def _shape_text(declared: Tensor, program: Program) -> str:
+    symbols, ranges = program.signature.symbols, program.signature.ranges
+    parts = []
+    for dim in declared.shape:
+        part = str(dim_text(dim, symbols))
+        if isinstance(dim, SymInt) and str(dim.node.expr) in ranges:
+            low, high = ranges[str(dim.node.expr)]
+            part += f" ({low} to {high if high is not None else 'any'})"
+        parts.append(part)
+    return "[" + ", ".join(parts) + "]"
+
+
+def _illegal(name: str, value: Tensor, shape: str, where: str) -> UsageError:
+    return UsageError(
+        f"input {name!r} has shape {list(value.shape)}; the model takes {shape}",
+        where=where,
+        hint="give batches of legal sizes, or declare the dimension in dynamic_shapes",
+    )

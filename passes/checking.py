@@ -1,0 +1,264 @@
+"""The instruments that hold every pass to its contract: invariants, and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from planish.ir.compare import Fidelity, bounds_of, difference, measure
+from planish.ir.errors import PlanishError, UsageError, VerificationError
+from planish.ir.execute import run
+from planish.ir.probe import second_reference
+from planish.ir.program import Program
+from planish.ir.text import diff
+from planish.ir.verify import verify
+from planish.passes.base import Contract, PassResult
+from planish.passes.steps import Instrument, Run, Step
+
+_SHOWN = 24  # lines of a diff in a message
+
+
+class VerifyEach(Instrument):
+    """Check every invariant of a program after each pass that changed it.
+
+    Args:
+        at_end: check only the result of the whole run.
+    """
+
+    def __init__(self, *, at_end: bool = False):
+        self.at_end = at_end
+
+    def after_pass(self, step: Step, result: PassResult) -> None:
+        """Verify what changed.
+
+        Raises:
+            VerificationError: an invariant is broken.
+        """
+        if step.record.changed and not self.at_end:
+            verify(result.program, since=step.before)
+
+    def after_pipeline(self, run: Run) -> None:
+        """Verify the result, if asked for the end only."""
+        if self.at_end and run.failure is None and run.program is not run.original:
+            verify(run.program, since=run.original)
+
+
+@dataclass
+class _Probe:
+    """Inputs, and what the programs so far answered there.
+
+    ``original`` is the answer of the program the run began with, ``current`` of the latest one.
+    """
+
+    name: str
+    inputs: tuple[Any, ...]
+    original: tuple[Any, ...]
+    current: tuple[Any, ...]
+    measured: bool  # real data, on which an error means something
+
+
+class CompareEach(Instrument):
+    """Run each changed program and compare: exact passes must agree, lossy ones are measured.
+
+    Every program runs once per probe; the probes are the samples and a second set of inputs at
+    other legal sizes. What a lossy pass did is measured on the samples and on the first batches
+    of the calibration data.
+
+    Args:
+        at_end: compare only the result of the whole run with the original.
+        seed: of the second probe.
+        batches: how many calibration batches a lossy pass is measured on.
+    """
+
+    def __init__(self, *, at_end: bool = False, seed: int = 0, batches: int = 8):
+        self.at_end = at_end
+        self.seed = seed
+        self.batches = batches
+
+    def before_pipeline(self, run: Run) -> None:
+        """Forget the run before."""
+        self._probes: list[_Probe] | None = None
+        self._bounds: tuple[float, ...] = ()
+        self._rejected: tuple[str, ...] = ()
+
+    def after_pass(self, step: Step, result: PassResult) -> None:
+        """Compare the program with the one before.
+
+        Raises:
+            VerificationError: an exact pass changed an output by more than the bound of its type,
+                or nothing is there to measure a lossy pass with.
+        """
+        if not step.record.changed or self.at_end:
+            return
+        fresh = self._probes is None
+        probes = self._probes_of(step.run)
+        if fresh:
+            for sentence in self._rejected:
+                step.remark(f"the second probe was weakened: {sentence}")
+        answers = [self._answer(result.program, probe) for probe in probes]
+        lossy = step.pass_.contract is Contract.LOSSY
+        for probe, answer in zip(probes, answers, strict=True):
+            problem = (
+                _unusable(probe.current, answer)
+                if lossy
+                else self._problem(step.run, probe, answer)
+            )
+            if problem:
+                raise VerificationError(
+                    f"it is {step.pass_.contract.value}, and at {probe.name} {problem}",
+                    where=_where(step, result),
+                    hint="leave the pass out of the recipe, and report this with the recipe",
+                )
+        self._record(step, result, answers, lossy=lossy)
+        for probe, answer in zip(probes, answers, strict=True):
+            probe.current = answer
+
+    def after_pipeline(self, run: Run) -> None:
+        """Compare the result with the original, if asked for the end only.
+
+        Raises:
+            VerificationError: no pass was lossy, and an output differs.
+        """
+        if not self.at_end or run.failure is not None or run.program is run.original:
+            return
+        lossy = [r.name for r in run.records if r.changed and r.contract is Contract.LOSSY]
+        found: list[Fidelity] = []
+        for probe in self._probes_of(run):
+            answer = self._answer(run.program, probe)
+            problem = (
+                _unusable(probe.original, answer) if lossy else self._problem(run, probe, answer)
+            )
+            if problem:
+                raise VerificationError(
+                    f"the recipe changed what the program computes: at {probe.name} {problem}",
+                    hint="verify='each' names the pass at fault",
+                )
+            if probe.measured:
+                found.append(measure(probe.original, answer))
+        last = [r for r in run.records if r.changed][-1]
+        last.cumulative = worst(found)
+
+    def _probes_of(self, run: Run) -> list[_Probe]:
+        """The probes with the original program's answers; made when first needed."""
+        if self._probes is None:
+            program = run.original
+            self._bounds = bounds_of(program)
+            probes = []
+            for number, sample in enumerate(program.samples):
+                answer = run_seeded(program, sample, self.seed)
+                name = "the sample inputs" if number == 0 else f"sample {number}"
+                probes.append(_Probe(name, sample, answer, answer, measured=True))
+            second = second_reference(program, self.seed)
+            self._rejected = second.rejected
+            if second.inputs is not None:
+                sizes = ", ".join(f"{k}={v}" for k, v in (second.sizes or {}).items())
+                name = f"the second probe ({sizes})" if sizes else "the second probe"
+                # Run again under the seed that all later programs run under.
+                answer = run_seeded(program, second.inputs, self.seed, known=second.outputs)
+                probes.append(_Probe(name, second.inputs, answer, answer, measured=False))
+            self._probes = probes
+        return self._probes
+
+    def _answer(self, program: Program, probe: _Probe) -> tuple[Any, ...]:
+        try:
+            return run_seeded(program, probe.inputs, self.seed)
+        except PlanishError as error:
+            error.within(f"the program no longer runs on {probe.name}")
+            raise VerificationError(error.what, where=error.where) from error
+
+    def _problem(self, run: Run, probe: _Probe, answer: tuple[Any, ...]) -> str | None:
+        names = run.original.signature.output_names
+        return difference(probe.current, answer, names=names, bounds=self._bounds)
+
+    def _record(
+        self, step: Step, result: PassResult, answers: Sequence[tuple[Any, ...]], *, lossy: bool
+    ) -> None:
+        assert self._probes is not None
+        assert step.before is not None
+        pairs = [(p, a) for p, a in zip(self._probes, answers, strict=True) if p.measured]
+        local = [measure(p.current, a) for p, a in pairs]
+        total = [measure(p.original, a) for p, a in pairs]
+        if lossy:
+            for inputs in islice(step.run.context.calibration or (), self.batches):
+                answer = run_seeded(result.program, inputs, self.seed)
+                local.append(measure(run_seeded(step.before, inputs, self.seed), answer))
+                total.append(measure(run_seeded(step.run.original, inputs, self.seed), answer))
+            if not local:
+                raise VerificationError(
+                    "it is lossy, and there is no input to measure its error on",
+                    hint="give the program sample inputs, or pass calibration=...",
+                )
+        step.record.fidelity, step.record.cumulative = worst(local), worst(total)
+
+
+def worst(found: Sequence[Fidelity]) -> Fidelity | None:
+    """The worst of each metric; None of nothing."""
+    if not found:
+        return None
+    return Fidelity(
+        sqnr_db=min(f.sqnr_db for f in found),
+        cosine=min(f.cosine for f in found),
+        max_abs=max(f.max_abs for f in found),
+        rel_l2=max(f.rel_l2 for f in found),
+        equal=all(f.equal for f in found),
+    )
+
+
+def run_seeded(
+    program: Program,
+    inputs: Sequence[Any],
+    seed: int,
+    known: tuple[Any, ...] | None = None,
+) -> tuple[Any, ...]:
+    """Run a program; one that draws random numbers always draws the same.
+
+    Args:
+        program: what to run.
+        inputs: flat inputs.
+        seed: of the program's own random operators.
+        known: its outputs, returned as they are if the program draws none.
+    """
+    if not _draws(program):
+        return run(program, inputs) if known is None else known
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return run(program, inputs)
+
+
+def _draws(program: Program) -> bool:
+    tag = torch.Tag.nondeterministic_seeded
+    return any(isinstance(n.target, OpOverload) and tag in n.target.tags for n in program.operators)
+
+
+def _unusable(reference: tuple[Any, ...], answer: tuple[Any, ...]) -> str | None:
+    """Say what even a lossy pass must not do."""
+    try:
+        found = measure(reference, answer)
+    except UsageError as error:
+        return error.what
+    numbers: Iterable[Tensor] = (v for v in answer if isinstance(v, Tensor))
+    if math.isinf(found.max_abs) and not all(bool(v.isfinite().all()) for v in numbers):
+        return "an output is not finite where it was before"
+    return None
+
+
+def _where(step: Step, result: PassResult) -> str:
+    """The rewrites of a step, and how its text changed."""
+    assert step.before is not None
+    sites = [
+        f"{change.rule} at {change.node}" + (f" ({change.source})" if change.source else "")
+        for change in result.changes[:3]
+    ]
+    if len(result.changes) > 3:
+        sites.append(f"and {len(result.changes) - 3} more rewrites")
+    lines = diff(step.before, result.program).splitlines()[2:]
+    if len(lines) > _SHOWN:
+        lines = [*lines[:_SHOWN], f"... {len(lines) - _SHOWN} more lines"]
+    return "\n".join(["; ".join(sites), *lines])

@@ -1,0 +1,309 @@
+"""Instruments that show a run: times, texts, files, events; and the set that ``optimize`` uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TextIO
+
+from planish.ir.errors import UsageError
+from planish.ir.files import save
+from planish.ir.program import Program
+from planish.ir.text import text
+from planish.passes.base import PassResult
+from planish.passes.checking import CompareEach, VerifyEach
+from planish.passes.steps import Instrument, Run, Step
+
+__all__ = [
+    "CompareEach",
+    "Dump",
+    "Event",
+    "Instrument",
+    "PrintAfter",
+    "Progress",
+    "Timing",
+    "VerifyEach",
+    "default_instruments",
+]
+
+_MANIFEST = ".planish-dump.json"
+
+
+def default_instruments(
+    *,
+    verify: Literal["each", "end", "off"] = "each",
+    dump_dir: str | Path | None = None,
+    progress: Callable[[Event], None] | None = None,
+    seed: int = 0,
+) -> tuple[Instrument, ...]:
+    """The instruments of ``optimize``, outermost first.
+
+    Args:
+        verify: hold every pass to its contract, or the result only, or nothing.
+        dump_dir: a folder for the program after every pass.
+        progress: told of every step as it begins and ends.
+        seed: of the second probe.
+
+    Raises:
+        UsageError: ``verify`` is none of the three.
+    """
+    if verify not in ("each", "end", "off"):
+        raise UsageError(f"verify is {verify!r}", hint="use 'each', 'end' or 'off'")
+    found: list[Instrument] = []
+    if progress is not None:
+        found.append(Progress(progress))
+    if dump_dir is not None:
+        found.append(Dump(dump_dir))
+    if verify != "off":
+        # Called in reverse after a pass: invariants first, numbers only of a sound program.
+        at_end = verify == "end"
+        found += [CompareEach(at_end=at_end, seed=seed), VerifyEach(at_end=at_end)]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened in a run.
+
+    Attributes:
+        kind: ``"begin"`` and ``"end"`` of the run, ``"pass"`` before and ``"done"`` after a step,
+            ``"failed"`` where it raised.
+        total: number of steps.
+        index: the step's position in the recipe, from 1; 0 for the run.
+        name: the pass; empty for the run.
+        seconds: since the step or the run began.
+    """
+
+    kind: Literal["begin", "pass", "done", "failed", "end"]
+    total: int
+    index: int = 0
+    name: str = ""
+    seconds: float = 0.0
+
+
+class Progress(Instrument):
+    """Tell somebody how far a run is; whoever listens draws."""
+
+    def __init__(self, tell: Callable[[Event], None]):
+        self.tell = tell
+        self._began = self._step = 0.0
+
+    def before_pipeline(self, run: Run) -> None:
+        """The run begins."""
+        self._began = time.perf_counter()
+        self.tell(Event("begin", len(run.steps)))
+
+    def before_pass(self, step: Step) -> None:
+        """A step begins."""
+        self._step = time.perf_counter()
+        self._about(step, "pass", 0.0)
+
+    def after_pass(self, step: Step, result: PassResult) -> None:
+        """A step ended, checks included."""
+        self._about(step, "done", time.perf_counter() - self._step)
+
+    def after_failure(self, step: Step, error: BaseException) -> None:
+        """A step failed."""
+        self._about(step, "failed", time.perf_counter() - self._step)
+
+    def after_pipeline(self, run: Run) -> None:
+        """The run ended."""
+        self.tell(Event("end", len(run.steps), seconds=time.perf_counter() - self._began))
+
+    def _about(self, step: Step, kind: Literal["pass", "done", "failed"], seconds: float) -> None:
+        self.tell(Event(kind, len(step.run.steps), step.index, step.name, seconds))
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one step: the pass alone, and all that the instruments inside did about it."""
+
+    index: int
+    name: str
+    seconds: float
+    checking: float
+
+
+class Timing(Instrument):
+    """Measure every step; put it first to time the other instruments as well.
+
+    Attributes:
+        times: one entry per step that ran.
+    """
+
+    def __init__(self) -> None:
+        self.times: list[Time] = []
+        self._began = 0.0
+
+    def before_pipeline(self, run: Run) -> None:
+        """Forget the run before."""
+        self.times = []
+
+    def before_pass(self, step: Step) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def after_pass(self, step: Step, result: PassResult) -> None:
+        """Stop it."""
+        self._stop(step)
+
+    def after_failure(self, step: Step, error: BaseException) -> None:
+        """Stop it."""
+        self._stop(step)
+
+    def _stop(self, step: Step) -> None:
+        whole = time.perf_counter() - self._began
+        own = step.record.seconds
+        self.times.append(Time(step.index, step.name, own, max(0.0, whole - own)))
+
+    def table(self) -> str:
+        """The times as text, the slowest first."""
+        rows = sorted(self.times, key=lambda t: -(t.seconds + t.checking))
+        lines = [f"{'pass':<36}{'ms':>10}{'around it, ms':>16}"]
+        lines += [f"{t.name:<36}{1e3 * t.seconds:>10.1f}{1e3 * t.checking:>16.1f}" for t in rows]
+        total, checks = sum(t.seconds for t in rows), sum(t.checking for t in rows)
+        return "\n".join([*lines, f"{'total':<36}{1e3 * total:>10.1f}{1e3 * checks:>16.1f}"])
+
+
+class PrintAfter(Instrument):
+    """Print the program after passes, also after one whose result was rejected.
+
+    Args:
+        pattern: a regular expression that the whole name of a pass must match.
+        changed: only after passes that changed something.
+        stream: where to; None is standard output.
+
+    Raises:
+        UsageError: the pattern is no regular expression.
+    """
+
+    def __init__(self, pattern: str = ".*", *, changed: bool = False, stream: TextIO | None = None):
+        try:
+            self.pattern = re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+        self.changed = changed
+        self.stream = stream
+
+    def after_pass(self, step: Step, result: PassResult) -> None:
+        """Print."""
+        self._print(step, result.program, "")
+
+    def after_failure(self, step: Step, error: BaseException) -> None:
+        """Print what the pass returned, if it did."""
+        if step.after is not None:
+            self._print(step, step.after, f", which failed: {str(error).splitlines()[0]}")
+
+    def _print(self, step: Step, program: Program, outcome: str) -> None:
+        if self.pattern.fullmatch(step.name) and (step.record.changed or not self.changed):
+            stream = self.stream or sys.stdout
+            stream.write(f"// after step {step.index}, {step.text}{outcome}\n{text(program)}\n")
+
+
+class Dump(Instrument):
+    """Write the program after every pass: numbered canonical text, and a program that reloads.
+
+    ``000_capture.txt`` and ``.pt2``, then ``001_<pass>.txt`` and ``.pt2``, and so on; after a
+    failure ``00N_<pass>.failed.txt``, if the pass returned anything. A program that did not change
+    is a link to the file before it.
+
+    Args:
+        folder: made if it is missing; files of an earlier dump in it are replaced.
+        programs: also write the ``.pt2`` files.
+    """
+
+    def __init__(self, folder: str | Path, *, programs: bool = True):
+        self.folder = Path(folder)
+        self.programs = programs
+        self._written: list[str] = []
+        self._last: Path | None = None
+
+    def before_pipeline(self, run: Run) -> None:
+        """Clear the folder of an earlier dump and write the captured program.
+
+        Raises:
+            UsageError: the folder cannot be written, or holds files that no dump wrote.
+        """
+        self._written, self._last = [], None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            present = {entry.name for entry in self.folder.iterdir()}
+        except OSError as error:
+            raise UsageError(
+                f"the dump folder cannot be written: {error}", where=str(self.folder)
+            ) from error
+        foreign = sorted(present - self._earlier() - {_MANIFEST})
+        if foreign:
+            raise UsageError(
+                f"the dump folder holds files that no dump wrote: {', '.join(foreign[:3])}",
+                where=str(self.folder),
+                hint="name an empty or new folder",
+            )
+        for name in present - {_MANIFEST}:
+            (self.folder / name).unlink()
+        self._write(0, "capture", run.original, changed=True)
+
+    def after_pass(self, step: Step, result: PassResult) -> None:
+        """Write the program after a pass."""
+        self._write(step.index, step.name, result.program, changed=step.record.changed)
+
+    def after_failure(self, step: Step, error: BaseException) -> None:
+        """Write the text of a program that was rejected."""
+        if step.after is not None:
+            self._text(f"{_stem(step.index, step.name)}.failed.txt", text(step.after))
+
+    def _write(self, index: int, name: str, program: Program, *, changed: bool) -> None:
+        stem = _stem(index, name)
+        self._text(f"{stem}.txt", text(program))
+        if not self.programs:
+            return
+        path = self.folder / f"{stem}.pt2"
+        self._remember(path.name)
+        if changed or self._last is None or not _linked(self._last, path):
+            save(program, path)
+        self._last = path
+
+    def _text(self, name: str, content: str) -> None:
+        self._remember(name)
+        (self.folder / name).write_text(content, encoding="utf-8")
+
+    def _remember(self, name: str) -> None:
+        """Say that a file is ours before it exists, so that an interrupted dump can be replaced."""
+        self._written.append(name)
+        manifest = self.folder / _MANIFEST
+        fresh = manifest.with_name(_MANIFEST + ".new")
+        fresh.write_text(json.dumps(self._written), encoding="utf-8")
+        fresh.replace(manifest)
+
+    def _earlier(self) -> set[str]:
+        """The names that an earlier dump into this folder wrote."""
+        try:
+            names = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return set()
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"the list of files in the dump folder cannot be read: {error}",
+                where=str(self.folder / _MANIFEST),
+                hint="name an empty or new folder",
+            ) from error
+        return {str(name) for name in names} | {_MANIFEST + ".new"}
+
+
+def _stem(index: int, name: str) -> str:
+    return f"{index:03}_" + re.sub(r"[^\w.-]", "_", name)
+
+
+def _linked(old: Path, new: Path) -> bool:
+    """Link ``new`` to ``old``; False where the file system has no links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        return False
+    return True
