@@ -5,6 +5,8 @@ if __name__ != "planish.ir":
 
 from planish.ir import operators
 from planish.ir.capture import capture, from_exported
+from planish.ir.exported import to_exported_program
+from planish.ir.files import load, save
 from planish.ir.pattern import Match, Refusal, Rule, rewrite_greedily
 from planish.ir.program import Program, Signature
 from planish.ir.rewriter import Change, Rewriter, SiteCounter
@@ -22,7 +24,10 @@ __all__ = [
     "capture",
     "diff",
     "from_exported",
+    "load",
     "operators",
     "rewrite_greedily",
+    "save",
     "text",
+    "to_exported_program",
 ]

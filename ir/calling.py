@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from planish.ir.errors import UsageError
+from planish.ir.trees import leaf_paths
 
 
 @dataclass(frozen=True)
@@ -65,37 +66,32 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
 
 def input_names(spec: pytree.TreeSpec, parameters: tuple[str, ...]) -> tuple[str, ...]:
     """A name for every input leaf: the parameter's own, with a path where it is nested."""
-    skeleton = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    args, kwargs = skeleton
+    args, kwargs = spec.children()
     names: list[str] = []
-    for position, value in enumerate(args):
+    for position, child in enumerate(args.children()):
         name = parameters[position] if position < len(parameters) else f"input_{position}"
-        names.extend(_leaf_names(name, value))
-    for name, value in kwargs.items():
-        names.extend(_leaf_names(name, value))
+        names.extend(_leaf_names(name, child))
+    for name, child in zip(kwargs.context, kwargs.children(), strict=True):
+        names.extend(_leaf_names(name, child))
     return _unique(names, taken=())
 
 
 def output_names(spec: pytree.TreeSpec, taken: tuple[str, ...]) -> tuple[str, ...]:
     """A name for every output leaf, from the pytree; ``output_0`` where it has none."""
-    skeleton = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = pytree.tree_flatten_with_path(skeleton)[0]
     names = []
-    for position, (path, _) in enumerate(paths):
+    for position, path in enumerate(leaf_paths(spec)):
         text = _path_text(path)
         named = bool(re.match(r"[A-Za-z_]", text))
         names.append(text if named else f"output_{text or position}")
     return _unique(names, taken=taken)
 
 
-def _leaf_names(prefix: str, value: object) -> list[str]:
-    paths = pytree.tree_flatten_with_path(value)[0]
-    return [f"{prefix}_{text}" if (text := _path_text(p)) else prefix for p, _ in paths]
+def _leaf_names(prefix: str, spec: pytree.TreeSpec) -> list[str]:
+    return [_path_text((prefix, *path)) for path in leaf_paths(spec)]
 
 
-def _path_text(path: tuple[Any, ...]) -> str:
-    parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
-    return re.sub(r"\W+", "_", "_".join(parts))
+def _path_text(path: tuple[str, ...]) -> str:
+    return re.sub(r"\W+", "_", "_".join(path))
 
 
 def _unique(names: list[str], taken: tuple[str, ...]) -> tuple[str, ...]:

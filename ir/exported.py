@@ -6,6 +6,7 @@ Python constants among the inputs as placeholders nobody reads; that is all ther
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -63,7 +64,8 @@ def to_exported_program(program: Program) -> ExportedProgram:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         mapping[node].meta = _meta(node)
         if node.op == "get_attr":
-            submodules[str(node.target)] = program.constants[str(node.target)]
+            # A copy, since torch's constructor tidies up the bodies of branches in place.
+            submodules[str(node.target)] = copy.deepcopy(program.constants[str(node.target)])
     results = map_arg(program.results, lambda n: mapping[n])
     graph.output(results)
     outputs = [_argument(value) for value in results]
@@ -73,11 +75,7 @@ def to_exported_program(program: Program) -> ExportedProgram:
         graph_signature=ExportGraphSignature(
             inputs, [OutputSpec(OutputKind.USER_OUTPUT, value, None) for value in outputs]
         ),
-        state_dict={
-            str(spec.target): program.constants[str(spec.target)]
-            for spec in inputs
-            if spec.kind is InputKind.BUFFER
-        },
+        state_dict=_state(program, inputs),
         range_constraints=_range_constraints(program),
         module_call_graph=[_call_entry(program)],
         example_inputs=_example(program),
@@ -87,7 +85,7 @@ def to_exported_program(program: Program) -> ExportedProgram:
 
 def _lift_constants(program: Program, graph: Graph, mapping: dict[Node, Node]) -> list[InputSpec]:
     """One placeholder per constant that is read, before all others, as torch orders them."""
-    taken = set(_public_names(program))
+    taken = {*_public_names(program), *(node.name for node in program.graph.nodes)}
     owners: dict[str, Node] = {}
     specs = []
     for node in program.graph.find_nodes(op="get_attr"):
@@ -106,6 +104,11 @@ def _lift_constants(program: Program, graph: Graph, mapping: dict[Node, Node]) -
             specs.append(InputSpec(InputKind.BUFFER, argument, name, persistent=True))
         mapping[node] = owners[name]
     return specs
+
+
+def _state(program: Program, inputs: list[InputSpec]) -> dict[str, Tensor]:
+    names = [str(spec.target) for spec in inputs if spec.kind is InputKind.BUFFER]
+    return {n: value for n in names if isinstance(value := program.constants[n], Tensor)}
 
 
 def _user_inputs(program: Program, graph: Graph, mapping: dict[Node, Node]) -> list[InputSpec]:
