@@ -129,8 +129,8 @@ RULES: dict[Level, tuple[VerifierRule, ...]] = {
     ),
     Level.TYPES: (
         VerifierRule("constant-types", constant_types),
-        VerifierRule("operator-types", operator_types),
         VerifierRule("same-contract", same_contract),
+        VerifierRule("operator-types", operator_types),
         VerifierRule("same-results", same_results),
     ),
     Level.SCHEMES: (
@@ -139,6 +139,9 @@ RULES: dict[Level, tuple[VerifierRule, ...]] = {
         VerifierRule("operator-schemes", schemes.operator_schemes),
     ),
 }
+
+# After a fault of these, the rules that follow would report the same thing again, or fail.
+_CONCLUSIVE = frozenset({"lint", "one-output", "same-contract", "operator-types"})
 
 
 def verify(
@@ -171,8 +174,8 @@ def faults(
 ) -> Iterator[tuple[str, Fault]]:
     """All faults of the first level that has any, as (rule name, fault).
 
-    Within a level, the first rule that fails speaks alone where the later ones would trip over it:
-    a graph that is not well formed is looked at no further.
+    Within a level, a rule speaks alone where the later ones would trip over the same thing: a
+    graph that is not well formed is looked at no further.
     """
     subject = Subject(program, since, snapshot)
     for level in Level:
@@ -181,7 +184,7 @@ def faults(
             for fault in rule.check(subject):
                 broken = True
                 yield rule.name, fault
-            if broken and rule.name in ("lint", "one-output"):
+            if broken and rule.name in _CONCLUSIVE:
                 return
         if broken:
             return
