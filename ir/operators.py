@@ -43,13 +43,11 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = Fa
     return x * cos + rotate(x, interleaved) * sin
 
 
-@torch.library.impl(LIBRARY, "rotary_embedding", "CompositeExplicitAutograd")
-def _rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    return rotary_embedding(x, cos, sin, interleaved)
-
-
-@torch.library.register_fake("planish::rotary_embedding", lib=LIBRARY)
 def _fake_rotary_embedding(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+LIBRARY.impl("rotary_embedding", rotary_embedding, "CompositeExplicitAutograd")
+torch.library.register_fake("planish::rotary_embedding", _fake_rotary_embedding, lib=LIBRARY)

@@ -30,7 +30,7 @@ _CUBIC: Polynomial = {
     (1,): math.sqrt(2 / math.pi),
     (3,): math.sqrt(2 / math.pi) * 0.044715,
 }
-_FORMS = {
+_FORMS: dict[Any, Form] = {
     aten.erf.default: Form(HALF_GATE, {(1,): math.sqrt(0.5)}, aten.gelu.default),
     aten.tanh.default: Form(HALF_GATE, _CUBIC, aten.gelu.default, "tanh"),
     aten.sigmoid.default: Form(GATE, X, aten.silu.default),

@@ -171,7 +171,7 @@ def leading_block(node: Any, program: Program) -> Tensor | None:  # noqa: ANN401
     plain = not any(isinstance(value, Node) for value in node.kwargs.values())
     if not plain or any(value is None for value in args) or len(set(tensors)) > 1:
         return None
-    return node.target(*args, **node.kwargs)  # type: ignore[operator, no-any-return]
+    return node.target(*args, **node.kwargs)  # type: ignore[no-any-return]
 
 
 def _operand(value: Any, program: Program) -> Any:  # noqa: ANN401

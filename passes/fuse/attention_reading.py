@@ -13,6 +13,7 @@ from planish.ir.ops import ELEMENTWISE_UNARY, argument, aten, is_op, op_name
 from planish.ir.program import Program
 from planish.passes.fuse.matching import (
     CASTS,
+    SAME_VALUES,
     VIEWS,
     dtype_of,
     is_widening,
@@ -179,13 +180,9 @@ def leads_to_product(node: Any) -> bool:  # noqa: ANN401
         looked += 1
         if is_op(node, *PRODUCTS, aten.baddbmm.default):
             return True
-        if is_op(node, aten.add.Tensor, *_WHERES):
+        if is_op(node, aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, *_WHERES):
             queue.extend(n for n in node.args if isinstance(n, Node))
-        elif is_op(node, *CASTS, *VIEWS, *_FILLS, *ELEMENTWISE_UNARY, aten.dropout.default):
-            queue.append(node.args[0])
-        elif is_op(node, aten.mul.Tensor, aten.div.Tensor):
-            queue.extend(n for n in node.args if isinstance(n, Node))
-        elif is_op(node, aten.contiguous.default, aten.clone.default):
+        elif is_op(node, *SAME_VALUES, *VIEWS, *_FILLS, *ELEMENTWISE_UNARY):
             queue.append(node.args[0])
     return False
 

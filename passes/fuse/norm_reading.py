@@ -116,15 +116,15 @@ def _statistics(numerator: Any, spread: Any, eps: float, seen: list[Node]) -> No
     return Norm(difference.args[0], argument(spread, "dim"), keepdim, eps, True, seen)
 
 
-def _mean_taken_off(node: object) -> Any:  # noqa: ANN401 - a node or None
+def _mean_taken_off(node: Any) -> Any:  # noqa: ANN401 - a node or None
     """The mean in ``x - mean(x)``; None for anything else."""
     node = skip(node)
-    if not is_op(node, aten.sub.Tensor) or argument(node, "alpha") != 1:  # type: ignore[arg-type]
+    if not is_op(node, aten.sub.Tensor) or argument(node, "alpha") != 1:
         return None
-    mean = skip(argument(node, "other"))  # type: ignore[arg-type]
+    mean = skip(argument(node, "other"))
     if not is_op(mean, aten.mean.dim) or argument(mean, "dtype") is not None:
         return None
-    return mean if origin(mean.args[0]) is origin(node.args[0]) else None  # type: ignore[union-attr]
+    return mean if origin(mean.args[0]) is origin(node.args[0]) else None
 
 
 def grow(node: Node, norm: Norm, sizes: tuple[int | str, ...]) -> Node:
