@@ -21,7 +21,12 @@ from planish.ir.calling import Call, bind, input_names, output_names
 from planish.ir.capture_errors import check_model, check_sample, explain
 from planish.ir.dims import enlarge_singletons, legal_ranges, named_symbols
 from planish.ir.errors import CaptureError, UnsupportedError
-from planish.ir.functionalize import drop_assertions, is_functional, make_functional
+from planish.ir.functionalize import (
+    drop_assertions,
+    is_functional,
+    make_functional,
+    written_inputs,
+)
 from planish.ir.program import Constant, Program, Signature
 
 
@@ -82,14 +87,13 @@ def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgra
 
 
 def _build(exported: ExportedProgram, call: Call, symbols: dict[str, str]) -> Program:
-    _refuse_side_effects(exported)
-    remarks: list[str] = []
+    remarks = _side_effects(exported)
     if not is_functional(exported.graph):
         # Writes into views: torch's own functionalization knows every aliasing rule.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = exported.run_decompositions({})
-        _refuse_side_effects(exported)
+        _side_effects(exported)
     graph, constants, fixed = _unlift(exported)
     make_functional(graph)
     dropped = drop_assertions(graph)
@@ -114,14 +118,35 @@ def _build(exported: ExportedProgram, call: Call, symbols: dict[str, str]) -> Pr
     return program
 
 
-def _refuse_side_effects(exported: ExportedProgram) -> None:
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind is OutputKind.BUFFER_MUTATION:
-            raise CaptureError(
-                f"forward writes into the buffer {spec.target!r}",
-                hint="a deployed graph has no state: return the new value as an output, or "
-                "do not update it in evaluation mode",
+def _side_effects(exported: ExportedProgram) -> list[str]:
+    """Refuse writes into buffers; return remarks on writes into inputs."""
+    lifted = {
+        spec.arg.name: str(spec.target)
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is not InputKind.USER_INPUT
+    }
+    buffers: list[tuple[str, Node | None]] = [
+        (str(spec.target), None)
+        for spec in exported.graph_signature.output_specs
+        if spec.kind is OutputKind.BUFFER_MUTATION
+    ]
+    remarks = []
+    for written, writer in written_inputs(exported.graph).items():
+        if written.name in lifted:
+            buffers.append((lifted[written.name], writer))
+        else:
+            remarks.append(
+                f"forward writes into its input {written.name!r}; the optimized program leaves "
+                "the caller's tensor alone"
             )
+    for name, writer in buffers:
+        raise CaptureError(
+            f"forward writes into the buffer {name!r}",
+            where=writer,
+            hint="a deployed graph has no state: return the new value as an output, or do not "
+            "update it in evaluation mode",
+        )
+    return remarks
 
 
 def _unlift(

@@ -42,6 +42,20 @@ def is_functional(graph: Graph) -> bool:
     return True
 
 
+def written_inputs(graph: Graph) -> dict[Node, Node]:
+    """Placeholders whose memory an in-place operator writes into, with the first such operator."""
+    found: dict[Node, Node] = {}
+    for node in graph.nodes:
+        position = written_argument(node.target)
+        if position is None or position >= len(node.args):
+            continue
+        target = node.args[position]
+        for alias in _aliases(target) if isinstance(target, Node) else ():
+            if alias.op == "placeholder":
+                found.setdefault(alias, node)
+    return found
+
+
 def make_functional(graph: Graph) -> None:
     """Replace each in-place operator; later readers of the written value read the result."""
     order = {node: i for i, node in enumerate(graph.nodes)}

@@ -8,52 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
-from planish.ir import Program, Rewriter, capture, from_exported, text
+from planish.ir import Rewriter, capture, from_exported, text
 from planish.ir.exported import to_exported_program
-
-
-class Net(nn.Module):
-    """Tied weights, a buffer of each kind, an unused default, several kinds of result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.second = nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-        self.norm = nn.BatchNorm1d(4)
-        self.register_buffer("shift", torch.arange(4.0))
-        self.register_buffer("scale", torch.full((4,), 2.0), persistent=False)
-
-    def forward(
-        self, input: Tensor, n: int, mask: Tensor | None = None, *, extra: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        y = self.norm(self.first(input)) * self.scale + self.shift
-        left, right = y.relu().split(2, -1)
-        return {
-            "y": self.second(y),
-            "nothing": None,
-            "same": input,
-            "pair": [right, left],
-            "twice": right,
-            "weight": self.shift,
-            "batch": input.shape[0],
-            "extra": extra["p"] * n,
-        }
-
-
-def net_program() -> tuple[nn.Module, Program]:
-    torch.manual_seed(0)
-    model = Net().eval()
-    batch = Dim("batch")
-    program = capture(
-        model,
-        (torch.randn(3, 4), 5),
-        {"extra": {"p": torch.randn(3, 2)}},
-        dynamic_shapes={"input": {0: batch}, "n": None, "extra": {"p": {0: batch}}},
-    )
-    return model, program
+from tests.support.nets import Branch, assert_same, branch_program, net_inputs, net_program
 
 
 def quietly(exported: ExportedProgram, *args: Any, **kwargs: Any) -> Any:
@@ -62,21 +20,10 @@ def quietly(exported: ExportedProgram, *args: Any, **kwargs: Any) -> Any:
         return exported.module()(*args, **kwargs)
 
 
-def assert_same(expected: Any, got: Any) -> None:
-    left, left_spec = pytree.tree_flatten(expected)
-    right, right_spec = pytree.tree_flatten(got)
-    assert left_spec == right_spec
-    for a, b in zip(left, right, strict=True):
-        if isinstance(a, Tensor):
-            torch.testing.assert_close(a, b)
-        else:
-            assert a == b
-
-
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_its_module_computes_the_same_at_other_sizes(size: int) -> None:
     model, program = net_program()
-    args, kwargs = (torch.randn(size, 4), 5), {"extra": {"p": torch.randn(size, 2)}}
+    args, kwargs = net_inputs(size)
     assert_same(model(*args, **kwargs), quietly(to_exported_program(program), *args, **kwargs))
 
 
@@ -84,7 +31,7 @@ def test_its_module_computes_the_same_at_other_sizes(size: int) -> None:
 def test_it_survives_decomposition(table: dict[Any, Any] | None) -> None:
     model, program = net_program()
     decomposed = to_exported_program(program).run_decompositions(table)
-    args, kwargs = (torch.randn(6, 4), 5), {"extra": {"p": torch.randn(6, 2)}}
+    args, kwargs = net_inputs(6)
     assert_same(model(*args, **kwargs), quietly(decomposed, *args, **kwargs))
 
 
@@ -144,21 +91,9 @@ def test_an_input_named_like_a_lifted_constant_keeps_its_name() -> None:
     torch.testing.assert_close(quietly(exported, torch.full((2,), 3.0)), torch.full((2,), 2.0))
 
 
-class Branch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("one", torch.ones(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        one = self.one
-        result: Tensor = torch.cond(x.sum() > 0, lambda t: t + one, lambda t: t * 2, (x,))
-        return result
-
-
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_branches_stay_branches(sign: float) -> None:
-    program = capture(Branch().eval(), (torch.ones(4, 3),), dynamic_shapes=({0: Dim("n")},))
-    exported = to_exported_program(program)
+    exported = to_exported_program(branch_program())
     x = torch.full((2, 3), sign)
     torch.testing.assert_close(quietly(exported, x), Branch()(x))
     torch.testing.assert_close(quietly(exported.run_decompositions({}), x), Branch()(x))
@@ -196,7 +131,7 @@ def test_a_rewritten_program_with_shared_constants_is_still_valid() -> None:
         same = rewriter.call(linear.target, (linear.args[0], again, linear.args[2]), like=linear)
         rewriter.replace(linear, same)
     exported = to_exported_program(rewriter.finish())
-    args, kwargs = (torch.randn(3, 4), 5), {"extra": {"p": torch.randn(3, 2)}}
+    args, kwargs = net_inputs(3)
     assert_same(program(*args, **kwargs), quietly(exported, *args, **kwargs))
 
 

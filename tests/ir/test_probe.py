@@ -29,7 +29,8 @@ class Encoder(nn.Module):
         self.table = nn.Embedding(100, 4)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return (self.table(ids) * mask.unsqueeze(-1)).sum(1)
+        hidden: Tensor = self.table(ids) * mask.unsqueeze(-1)
+        return hidden.sum(1)
 
 
 class Identity(nn.Module):

@@ -58,16 +58,20 @@ def traced() -> Program:
 def net() -> Program:
     """A private copy that may be broken; types and signature are shared, so replace them."""
     program = traced().clone()
-    program.constants = {k: c.clone() for k, c in program.constants.items()}  # type: ignore[union-attr]
+    for name, value in program.constants.items():
+        assert isinstance(value, Tensor)
+        program.constants[name] = value.clone()
     return program
 
 
 def node(program: Program, target: Any) -> Node:
-    return next(n for n in program.operators if is_op(n, target))
+    found: Node = next(n for n in program.operators if is_op(n, target))
+    return found
 
 
 def constant(program: Program, name: str) -> Node:
-    return next(n for n in program.graph.find_nodes(op="get_attr") if n.target == name)
+    found: Node = next(n for n in program.graph.find_nodes(op="get_attr") if n.target == name)
+    return found
 
 
 def new_call(program: Program, before: Node, target: Any, *args: Any) -> Node:
@@ -106,6 +110,15 @@ def erased_operand(program: Program) -> None:
 
 def repeated_name(program: Program) -> None:
     node(program, aten.relu.default).name = node(program, aten.mul.Tensor).name
+
+
+def user_unknown_to_its_operand(program: Program) -> None:
+    relu = node(program, aten.relu.default)
+    relu.all_input_nodes[0].users.pop(relu)
+
+
+def node_of_another_graph(program: Program) -> None:
+    node(program, aten.relu.default).graph = Graph()
 
 
 def call_of_a_method(program: Program) -> None:
@@ -184,11 +197,15 @@ def constant_with_an_empty_name_part(program: Program) -> None:
 
 
 def constant_with_gradient(program: Program) -> None:
-    program.constants["two.weight"].requires_grad_()  # type: ignore[union-attr]
+    program.constants["two.weight"].requires_grad_()
 
 
 def constant_without_data(program: Program) -> None:
     program.constants["two.weight"] = torch.empty(8, 8, device="meta")
+
+
+def constant_stored_sparsely(program: Program) -> None:
+    program.constants["two.weight"] = torch.eye(8).to_sparse()
 
 
 def dropped_input(program: Program) -> None:
@@ -309,6 +326,8 @@ BREAKERS: list[tuple[str, Breaker]] = [
     ("lint", operand_of_another_graph),
     ("lint", erased_operand),
     ("lint", repeated_name),
+    ("lint", user_unknown_to_its_operand),
+    ("lint", node_of_another_graph),
     ("lint", call_of_a_method),
     ("one-output", second_output),
     ("one-output", code_after_the_output),
@@ -326,6 +345,7 @@ BREAKERS: list[tuple[str, Breaker]] = [
     ("constant-names", constant_with_an_empty_name_part),
     ("constants-plain", constant_with_gradient),
     ("constants-plain", constant_without_data),
+    ("constants-plain", constant_stored_sparsely),
     ("inputs-match", default_input),
     ("outputs-match", dropped_output),
     ("outputs-match", unnamed_output),
@@ -445,7 +465,9 @@ def test_dead_values_of_the_trace_are_no_fault_of_a_pass() -> None:
 def test_nan_that_was_there_before_may_move() -> None:
     before, after = net(), net()
     nan_constant(before)
-    after.constants["two.weight"] = before.constants["two.weight"].clone()  # type: ignore[union-attr]
+    weight = before.constants["two.weight"]
+    assert isinstance(weight, Tensor)
+    after.constants["two.weight"] = weight.clone()
     verify(after, since=before)
 
 
@@ -472,11 +494,12 @@ class Rows(nn.Module):
 
 class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: v - 1, (x,)) * 2
+        chosen: Tensor = torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: v - 1, (x,))
+        return chosen * 2
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], batch_first: bool, directions: int):
+    def __init__(self, kind: Callable[..., nn.Module], batch_first: bool, directions: int):
         super().__init__()
         self.cell = kind(3, 5, 2, batch_first=batch_first, bidirectional=directions == 2)
 
@@ -747,6 +770,12 @@ def test_a_sparse_constant_passes_and_a_dense_one_does_not() -> None:
     assert layout_problem(value, SparseLayout(2, 4, -1)) is None
     assert layout_problem(value, SparseLayout(1, 4, 1)) == "2 groups hold more than 1 nonzeros"
     assert layout_problem(value, SparseLayout(3, 2, 1)) == "3:2 is no layout"
+
+
+def test_the_body_of_a_branch_has_no_layout() -> None:
+    program = capture(Branch().eval(), (torch.ones(4),))
+    program.layouts["true_graph_0"] = SparseLayout(2, 4, 0)
+    assert broken_rules(program) == {"sparse-layouts"}
 
 
 def test_layouts_of_old_constants_are_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:

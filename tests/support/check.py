@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from planish.ir.capture import capture
 from planish.ir.compare import bounds_of, difference
+from planish.ir.errors import PassError
 from planish.ir.execute import run
 from planish.ir.probe import second_reference
 from planish.ir.program import Program
@@ -134,7 +135,10 @@ def assert_equal(before: Program, after: Program) -> None:
     if second.inputs is not None:
         probes.append((second.inputs, second.outputs))
     for inputs, reference in probes:
-        found = difference(reference, run(after, inputs), names=names, bounds=bounds)
+        try:
+            found = difference(reference, run(after, inputs), names=names, bounds=bounds)
+        except PassError as error:
+            found = str(error)
         sizes = [list(v.shape) if isinstance(v, Tensor) else v for v in inputs]
         assert found is None, f"at inputs {sizes}: {found}\n{text(before)}\n{text(after)}"
 
