@@ -171,7 +171,7 @@ def constant_names(subject: Subject) -> Iterator[Fault]:
 
 
 def constants_plain(subject: Subject) -> Iterator[Fault]:
-    """Constants hold data and carry no gradient."""
+    """Constants hold data, every element of it, and carry no gradient."""
     for name, value in subject.program.constants.items():
         if not isinstance(value, Tensor):
             continue
@@ -179,6 +179,8 @@ def constants_plain(subject: Subject) -> Iterator[Fault]:
             yield Fault(f"the constant {name!r} requires a gradient")
         if isinstance(value, FakeTensor) or value.is_meta:
             yield Fault(f"the constant {name!r} holds no data")
+        elif value.layout is not torch.strided:
+            yield Fault(f"the constant {name!r} is stored as {value.layout}, not densely")
 
 
 def constants_not_nan(subject: Subject) -> Iterator[Fault]:
