@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -198,8 +199,11 @@ def _constant_name(node: Node, role: str) -> str:
     source, weight = argument(node, role), argument(node, "weight")
     if isinstance(source, Node):
         return str(source.target)
-    if isinstance(weight, Node) and str(weight.target).endswith("weight"):
-        return str(weight.target).removesuffix("weight") + role
+    if isinstance(weight, Node):
+        # A weight that was folded before has a number at its end until the pass is done.
+        sibling = re.fullmatch(r"(.*)weight(_\d+)?", str(weight.target))
+        if sibling is not None:
+            return sibling[1] + role
     return f"{node.name}_{role}"
 
 

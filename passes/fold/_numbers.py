@@ -83,7 +83,7 @@ def scale_inputs(
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor | str:
     """A float64 result in the type it must have; a reason where that type cannot hold it."""
     least, most = exact.aminmax() if exact.numel() else (0.0, 0.0)
-    peak = abs(max(-float(least), float(most), key=abs))
+    peak = max(-float(least), float(most))  # NaN if any is
     if not peak <= torch.finfo(dtype).max:
         return f"the folded numbers are not finite in {dtype}"
     if 0 < peak < torch.finfo(dtype).tiny:

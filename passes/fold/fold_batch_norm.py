@@ -113,8 +113,6 @@ class BatchNormIntoProducer(_Statistics):
         layer = layer_before(node, operand, 1, program, kinds=(LINEAR, CONVOLUTION))
         if isinstance(layer, str):
             return self.refuse(node, layer)
-        if value(layer.node).dtype != value(node).dtype:
-            return self.refuse(node, "it changes the element type")
         fold = layer.scale_outputs(*scale_and_shift(**statistics))
         if isinstance(fold, str):
             return self.refuse(node, fold)
@@ -139,8 +137,6 @@ class BatchNormIntoConsumers(_Statistics):
         layers = layers_after(node, 1, program)
         if isinstance(layers, str):
             return self.refuse(node, layers)
-        if value(node.args[0]).dtype != value(node).dtype:  # type: ignore[arg-type]
-            return self.refuse(node, "it changes the element type")
         scale, shift = scale_and_shift(**statistics)
         deviations = _mean_in_deviations(statistics)
         limit = _MAX_MEAN_IN_DEVIATIONS.get(value(node).dtype, _MAX_MEAN_IN_DEVIATIONS_ELSE)

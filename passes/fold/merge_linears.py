@@ -32,7 +32,7 @@ from planish.ir.pattern import Match, Refusal, Rule
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Pass, PassContext, PassResult
-from planish.passes.fold._axes import describe, value, value_users
+from planish.passes.fold._axes import describe, value_users
 from planish.passes.fold._find import read_layer
 from planish.passes.fold._layers import LAYERS, Layer
 
@@ -97,7 +97,8 @@ class MergeLayers(Rule):
         fold = base.fold(*merged(first.rows, first.bias, second.rows, second.bias))
         if isinstance(fold, str):
             return self.refuse(node, fold)
-        return Match(node, {"fold": fold, "first": first.node})
+        detail = f"{before} weights become {after}"
+        return Match(node, {"fold": fold, "first": first.node, "detail": detail})
 
     def rewrite(self, match: Match, rewriter: Rewriter) -> None:
         """Write one layer that reads what the first read."""
@@ -106,6 +107,7 @@ class MergeLayers(Rule):
         new = match["fold"].write(rewriter, like, x=first.args[0])
         if not second._erased:
             rewriter.replace(second, new)
+        rewriter.note(match["detail"])
 
 
 def _mismatch(first: Layer, second: Layer) -> str | None:
@@ -113,19 +115,13 @@ def _mismatch(first: Layer, second: Layer) -> str | None:
     users = value_users(first.node)
     if len(users) != 1:
         return f"{describe(first.node)} has {len(users)} users"
-    if (first.kind, first.axis, len(first.kernel)) != (
-        second.kind,
-        second.axis,
-        len(second.kernel),
-    ):
-        return f"{describe(first.node)} mixes other axes"
+    if (first.kind, first.axis) != (second.kind, second.axis):
+        return f"{describe(first.node)} has its channels on another axis"
     if first.groups != second.groups:
         return f"it has {second.groups} groups and {describe(first.node)} has {first.groups}"
     for layer in (first, second):
         if layer.shared_with is not None:
             return f"a weight is shared with {describe(layer.shared_with)}"
-    if value(first.node).dtype != value(second.node).dtype:
-        return "they have different element types"
     return None
 
 
