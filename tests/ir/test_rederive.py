@@ -1,0 +1,141 @@
+"""Types are derived again where something changed, and compared for all sizes."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import Node
+
+from planish.ir import rederive
+from planish.ir.capture import capture
+from planish.ir.infer import infer
+from planish.ir.ops import is_op
+from planish.ir.program import Program
+from planish.ir.rederive import changed_operators, same_size, same_type
+from planish.ir.rewriter import Rewriter
+from planish.ir.verify import faults, verify
+from tests.support.broken import net, new_call, node, retyped, traced
+
+aten = torch.ops.aten
+
+# -- only what changed ----------------------------------------------------------------------------
+
+
+def test_an_untouched_program_derives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rederive, "infer_node", None)
+    verify(traced().clone(), since=traced())
+
+
+def test_only_changed_operators_are_derived_again() -> None:
+    before, after = net(), net()
+    rewriter = Rewriter(after, "test")
+    relu = node(after, aten.relu.default)
+    with rewriter.site("again", relu):
+        new = rewriter.call(aten.silu.default, (relu.args[0],), like=relu)
+        rewriter.replace(relu, new)
+    rewriter.finish()
+    verify(after, since=before)
+    two = [n for n in after.operators if is_op(n, aten.linear.default)][1]
+    assert changed_operators(after, before) == [new, two]  # two reads a value of another name
+    assert changed_operators(before, None) == before.operators
+
+
+def test_users_of_a_retyped_value_are_derived_again() -> None:
+    before, after = net(), net()
+    retyped(aten.relu.default, lambda v: v.double())(after)
+    found = [fault.node for _, fault in faults(after, since=before)]
+    names = [n.name for n in found if n is not None]
+    assert names == [node(after, aten.relu.default).name, "linear_1"]
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (aten.relu6.default, None),
+        (aten.relu.default, "other operand"),
+    ],
+)
+def test_changes_that_keep_the_name_are_seen(target: Any, args: str | None) -> None:
+    before, after = net(), net()
+    relu = node(after, aten.relu.default)
+    relu.target = target
+    if args is not None:
+        relu.args = (new_call(after, relu, aten.neg.default, relu.args[0]),)
+    assert relu in changed_operators(after, before)
+
+
+def test_equal_calls_are_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(20):
+                x = (x * 2).relu()
+            return x
+
+    program = capture(Deep().eval(), (torch.randn(3),))
+    derived: list[Node] = []
+
+    def counted(program: Program, node: Node) -> Any:
+        derived.append(node)
+        return infer(program, node.target, node.args, node.kwargs)
+
+    monkeypatch.setattr(rederive, "infer_node", counted)
+    verify(program)
+    assert len(program.operators) == 40
+    assert len(derived) == 2
+
+
+# -- comparing types ------------------------------------------------------------------------------
+
+
+@cache
+def symbols() -> tuple[Any, Any, Any]:
+    """Two dynamic sizes and a data-dependent one."""
+
+    class Three(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.nonzero()
+
+    shapes = ({0: Dim("a"), 1: Dim("b")},)
+    program = capture(Three().eval(), (torch.ones(4, 6),), dynamic_shapes=shapes)
+    a, b = program.placeholders[0].meta["val"].shape
+    return a, b, program.operators[0].meta["val"].shape[0]
+
+
+def test_sizes_are_compared_for_all_sizes() -> None:
+    a, b, _ = symbols()
+    assert same_size(3, 3)
+    assert not same_size(3, 4)
+    assert same_size(a, a)
+    assert not same_size(a, b)
+    assert not same_size(4, a)  # the sample's size is not the dimension
+    assert not same_size(a, 4)
+    assert same_size(2 * (a + 1), 2 + a + a)
+    assert same_size((a + 1) // 2, (a - 1) // 2 + 1)
+    assert not same_size((a + 1) // 2, a // 2)
+    assert not same_size(a * b, a + b)
+
+
+def test_data_dependent_sizes_match_what_is_symbolic() -> None:
+    a, _, u = symbols()
+    assert same_size(u, u)
+    assert same_size(a, u)
+    assert same_size(u, a)
+    assert same_size(7, u)  # known better than derived
+    assert not same_size(u, 7)
+
+
+def test_types_are_compared_by_element_shape_and_kind() -> None:
+    x = torch.empty(2, 3)
+    assert same_type(x, torch.empty(2, 3))
+    assert not same_type(x, torch.empty(3, 2))
+    assert not same_type(x, torch.empty(2, 3, 1))
+    assert not same_type(x, x.double())
+    assert same_type((x, 1), [x, 1])
+    assert not same_type((x,), (x, x))
+    assert not same_type(x, None)
+    assert same_type(None, None)
+    assert not same_type(1, True)
+    assert not same_type(1, 1.0)
