@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 from torch import SymBool, SymFloat, SymInt, Tensor
-from torch._export.verifier import TrainingIRVerifier
+from torch._export.verifier import SpecViolationError, TrainingIRVerifier
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -51,7 +51,7 @@ def to_exported_program(program: Program) -> ExportedProgram:
     inputs.
 
     Raises:
-        UnsupportedError: a node has a type that an exported program cannot hold.
+        UnsupportedError: a node has a type or an operator that an exported program cannot hold.
     """
     graph = Graph()
     mapping: dict[Node, Node] = {}
@@ -68,19 +68,23 @@ def to_exported_program(program: Program) -> ExportedProgram:
             submodules[str(node.target)] = copy.deepcopy(program.constants[str(node.target)])
     results = map_arg(program.results, lambda n: mapping[n])
     graph.output(results)
-    outputs = [_argument(value) for value in results]
-    return ExportedProgram(
-        root=submodules,
-        graph=graph,
-        graph_signature=ExportGraphSignature(
-            inputs, [OutputSpec(OutputKind.USER_OUTPUT, value, None) for value in outputs]
-        ),
-        state_dict=_state(program, inputs),
-        range_constraints=_range_constraints(program),
-        module_call_graph=[_call_entry(program)],
-        example_inputs=_example(program),
-        verifiers=[TrainingIRVerifier],
-    )
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(value), None) for value in results]
+    try:
+        return ExportedProgram(
+            root=submodules,
+            graph=graph,
+            graph_signature=ExportGraphSignature(inputs, outputs),
+            state_dict=_state(program, inputs),
+            range_constraints=_range_constraints(program),
+            module_call_graph=[_call_entry(program)],
+            example_inputs=_example(program),
+            verifiers=[TrainingIRVerifier],
+        )
+    except SpecViolationError as error:
+        raise UnsupportedError(
+            f"torch's exported program cannot hold this graph: {str(error).splitlines()[0]}",
+            hint="a graph may call operators and arithmetic on sizes, nothing else",
+        ) from error
 
 
 def _lift_constants(program: Program, graph: Graph, mapping: dict[Node, Node]) -> list[InputSpec]:

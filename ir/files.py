@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
@@ -34,7 +33,14 @@ from planish.ir.archive import (
 from planish.ir.errors import PlanishError, UnsupportedError, UsageError
 from planish.ir.exported import to_exported_program
 from planish.ir.graphcheck import UnsafeGraphError, check_constant_name
-from planish.ir.nodetable import NodeTable, body_orders, rebuild, reorder_bodies, shorten_bodies
+from planish.ir.nodetable import (
+    NodeTable,
+    body_orders,
+    make_writable,
+    rebuild,
+    reorder_bodies,
+    shorten_bodies,
+)
 from planish.ir.program import Constant, Program, Signature
 from planish.ir.tensortype import SparseLayout
 from planish.ir.trees import decode, encode, spec_from_json, spec_to_json
@@ -77,6 +83,7 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         "nodes": NodeTable.of(program, exported).to_json(),
         "results": _results_to_json(program, exported.graph.output_node().args[0]),
         "bodies": body_orders(flat.constants),
+        "order": list(flat.constants),
         "constants": constant_rows,
         "layouts": {n: [s.n, s.m, s.axis] for n, s in sorted(program.layouts.items())},
         "samples": samples,
@@ -154,8 +161,9 @@ def _assemble(
         name: {"min_val": low, "max_val": high} for name, (low, high) in about["bounds"].items()
     }
     exported = graph_from_json(graph, tensors, {})
-    constants: dict[str, Constant] = dict(tensors)
-    constants |= reorder_bodies(exported.graph_module, about["bodies"])
+    bodies = reorder_bodies(exported.graph_module, about["bodies"])
+    known: dict[str, Constant] = {**tensors, **bodies}
+    constants = {name: known[name] for name in about["order"]}
     table = NodeTable.from_json(about["nodes"])
     new: Graph = rebuild(exported, table, about["results"], decode)
     program = Program(
@@ -207,9 +215,7 @@ def _flat(program: Program) -> Program:
     flat.drop_dead_constants()
     for node in flat.graph.nodes:
         node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
-        if isinstance(node.target, OpOverload):
-            node.args = tuple(_even(a) for a in node.args)
-            node.kwargs = {k: _even(v) for k, v in node.kwargs.items()}
+        make_writable(node)
     output = flat.output
     output.args = (tuple(v for v in flat.results if isinstance(v, torch.fx.Node)),)
     inputs = tuple(node.name for node in flat.placeholders)
@@ -224,13 +230,6 @@ def _flat(program: Program) -> Program:
     )
     flat.samples = ()
     return flat
-
-
-def _even(value: Any) -> Any:  # noqa: ANN401 - any argument
-    """Torch's JSON has lists of ints and lists of floats, so ``[2, 0.5]`` is ``[2.0, 0.5]``."""
-    if isinstance(value, (list, tuple)) and {type(v) for v in value} == {int, float}:
-        return [float(v) for v in value]
-    return value
 
 
 def _bound(value: Any) -> int | None:  # noqa: ANN401 - a sympy number

@@ -6,6 +6,8 @@ nodes is lost, and it knows nothing of planish's provenance.
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -14,11 +16,24 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from planish.ir.program import Constant, Program
+
+# Functions on symbolic numbers that a graph may call and torch's JSON has no name for.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "abs": operator.abs,
+    "ceil": math.ceil,
+    "floor": math.floor,
+    "not": operator.not_,
+    "round": round,
+    "sum": torch.sym_sum,
+}
+_FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
+_STAND_INS = {1: operator.neg, 2: operator.add}
 
 _FILE = re.compile(r'File "([^"]+)"')
 
@@ -28,7 +43,8 @@ class NodeTable:
     """One row per node, in order, and the strings and module paths they share.
 
     A row has: ``name``; ``read`` (the constant a ``get_attr`` reads); ``from`` (pass, rule, names
-    of the nodes it came from); ``trace`` and ``modules`` (indices); ``function`` (``torch_fn``).
+    of the nodes it came from); ``trace`` and ``modules`` (indices); ``function`` (``torch_fn``);
+    ``call`` (a function on numbers that torch's JSON has no name for).
     """
 
     rows: list[dict[str, Any]]
@@ -46,6 +62,8 @@ class NodeTable:
             if node.op == "output" or (node.op != "get_attr" and node.name not in present):
                 continue  # a second getitem of one item, which torch merged into the first
             row: dict[str, Any] = {"name": node.name}
+            if node.target in _FUNCTION_NAMES:
+                row["call"] = _FUNCTION_NAMES[node.target]
             if node.op == "get_attr":
                 row["read"] = str(node.target)
             if "from" in node.meta:
@@ -125,6 +143,32 @@ def shorten_bodies(graph: Any) -> None:  # noqa: ANN401 - torch's JSON
             shorten_bodies(value)
 
 
+def make_writable(node: Node) -> None:
+    """Bring a call into a form that torch's JSON has, with the same arguments.
+
+    ``[2, 0.5]`` becomes ``[2.0, 0.5]``; a call that gives a number takes its arguments by position;
+    a function that has no name there is replaced by a stand-in (``NodeTable`` keeps the real one).
+    """
+    if node.target in _FUNCTION_NAMES:
+        stand_in: Any = _STAND_INS[len(node.args)]
+        node.target = stand_in
+    if not isinstance(node.target, OpOverload):
+        return
+    node.args = tuple(_even(a) for a in node.args)
+    node.kwargs = {k: _even(v) for k, v in node.kwargs.items()}
+    if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        declared = node.target._schema.arguments[len(node.args) :]
+        node.args += tuple(node.kwargs[a.name] for a in declared if a.name in node.kwargs)
+        node.kwargs = {}
+
+
+def _even(value: Any) -> Any:  # noqa: ANN401 - any argument
+    """Torch's JSON has lists of ints and lists of floats, and none of both."""
+    if isinstance(value, (list, tuple)) and {type(v) for v in value} == {int, float}:
+        return [float(v) for v in value]
+    return value
+
+
 # -- back to a graph ------------------------------------------------------------------------------
 
 
@@ -162,6 +206,8 @@ def rebuild(
         else:
             old = nodes[row["name"]]
             made = graph.node_copy(old, lambda n: new[n])
+            if "call" in row:
+                made.target = _FUNCTIONS[row["call"]]
             made.meta = {"val": old.meta["val"]} if "val" in old.meta else {}
             new[old] = made
         made.meta |= table.meta(row)
