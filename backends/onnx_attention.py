@@ -15,7 +15,7 @@ from torch.fx import Node
 from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_file import onnx_dtype
 from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
-from planish.ir.ops import argument
+from planish.ir.ops import argument, is_op
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _HEADS_FIRST = (0, 2, 1, 3)
+_RESHAPES = (
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten._unsafe_view.default,
+)  # fmt: skip
 
 
 def _attention(e: Emitter, node: Node) -> Any:  # noqa: ANN401
@@ -30,6 +33,7 @@ def _attention(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if float(argument(node, "dropout_p")) != 0 or len(query.meta["val"].shape) != 4:
         return None
     dtype = dtype_of(node.meta["val"])
+    key, value = _unrepeated(key, value)
     q, k = dims_of(query.meta["val"]), dims_of(key.meta["val"])
     scale = argument(node, "scale")
     scale = 1 / math.sqrt(int(q[-1])) if scale is None else float(scale)
@@ -45,6 +49,45 @@ def _attention(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     else:
         result = _as_products(e, node, (query, key, value), bias, scale)
     return result if alive is None else _silence(e, result, alive)
+
+
+def _unrepeated(key: Node, value: Node) -> tuple[Node, Node]:
+    """Keys and values before their heads were repeated for grouped queries.
+
+    [B, h, S, D] -> [B, h, 1, S, D] -> [B, h, n, S, D] -> [B, h * n, S, D]: the attention operator
+    repeats them itself, without moving any data.
+    """
+    sources = [_before_repeat(x) for x in (key, value)]
+    if sources[0] is None or sources[1] is None:
+        return key, value
+    if sources[0].meta["val"].shape[1] != sources[1].meta["val"].shape[1]:
+        return key, value
+    return sources[0], sources[1]
+
+
+def _before_repeat(node: Node) -> Node | None:
+    merged = dims_of(node.meta["val"])
+    node = _through_copies(node)
+    if not is_op(node, *_RESHAPES):
+        return None
+    wide = _through_copies(_as_node(node.args[0]))
+    if not is_op(wide, aten.expand.default):
+        return None
+    thin = _as_node(wide.args[0])
+    if not is_op(thin, aten.unsqueeze.default) or int(thin.args[1]) % 5 != 2:  # type: ignore[arg-type]
+        return None
+    source = _as_node(thin.args[0])
+    dims, spread = dims_of(source.meta["val"]), dims_of(wide.meta["val"])
+    if len(dims) != 4 or not isinstance(dims[1], int) or not isinstance(spread[2], int):
+        return None
+    regular = spread == (dims[0], dims[1], spread[2], *dims[2:])
+    return source if regular and merged == (dims[0], dims[1] * spread[2], *dims[2:]) else None
+
+
+def _through_copies(node: Node) -> Node:
+    while is_op(node, aten.contiguous.default, aten.clone.default):
+        node = _as_node(node.args[0])
+    return node
 
 
 def _as_node(value: Any) -> Node:  # noqa: ANN401

@@ -81,12 +81,14 @@ class Style:
             the norm into a kernel that is slower than both, and leaves Sum alone.
         linear: "gemm" or "matmul".
         rms_norm: "operator" (ONNX RMSNormalization, opset 23) or "primitives".
+        rotary: "operator" (ONNX RotaryEmbedding, opset 23) or "primitives".
     """
 
     attention: str = "matmul"
     residual: str = "sum"
     linear: str = "gemm"
     rms_norm: str = "primitives"
+    rotary: str = "primitives"
 
 
 class Emitter:
@@ -370,9 +372,13 @@ class Emitter:
         """
         import onnx_ir as ir
 
+        given = list(inputs)
+        while given and given[-1] is None:
+            # ONNX Runtime fuses no Conv whose bias is there, but empty.
+            given.pop()
         node = ir.node(
             name,
-            list(inputs),
+            given,
             {k: v for k, v in attributes.items() if v is not None},
             domain=domain,
             num_outputs=outputs,

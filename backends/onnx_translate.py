@@ -16,6 +16,7 @@ from planish.backends.onnx_numbers import NUMBER_OPS
 from planish.backends.onnx_pointwise import POINTWISE
 from planish.backends.onnx_recurrent import RECURRENT
 from planish.backends.onnx_reduce import REDUCTIONS
+from planish.backends.onnx_rotary import ROTARY
 from planish.backends.onnx_shapes import SHAPES
 from planish.ir.program import Program
 
@@ -27,6 +28,7 @@ TABLE: dict[Any, Translator] = {
     **LAYERS,
     **RECURRENT,
     **ATTENTION,
+    **ROTARY,
 }
 
 _EAGER_NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)

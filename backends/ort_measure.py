@@ -1,0 +1,205 @@
+"""Microbenchmarks behind the lowering choices, and the cache of their results.
+
+Each builds a small program that is nothing but the operator in question, emits it in both forms,
+and runs them in turn on one thread. The figure is the ratio of the fastest runs: the minimum is
+what the machine can do; everything above it is other processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import planish.ir.operators  # noqa: F401 - registers torch.ops.planish
+from planish.ir.capture import capture
+from planish.ir.program import Program
+
+# An alternative has to be faster than the default by this much to be taken.
+MARGIN = 1.05
+
+_ROUNDS = 24
+_WARM_UP = 3
+_REPEATS = 4  # of the operator in one file, so that the runtime's fixed cost weighs little
+_VERSION = 1  # of the benchmarks: part of the cache's key
+
+
+def wins(ratio: float) -> bool:
+    """Whether an alternative of this speed, relative to the default, is taken."""
+    return ratio > MARGIN
+
+
+# -- what is measured -------------------------------------------------------------------------
+
+
+class _Residual(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(_REPEATS):
+            x = F.layer_norm(x + x.neg(), (384,))
+        return x
+
+
+class _Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(384, 384) for _ in range(_REPEATS)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x)
+        return result
+
+
+class _Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(_REPEATS):
+            heads = x.view(1, 128, 12, 32).transpose(1, 2)
+            y = F.scaled_dot_product_attention(heads, heads, heads)
+            x = y.transpose(1, 2).reshape(1, 128, 384)
+        return x
+
+
+class _RmsNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(_REPEATS):
+            x = F.rms_norm(x, (384,))
+        return x
+
+
+class _Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        angle = torch.arange(128)[:, None] * torch.linspace(0.01, 1, 16)
+        self.cos = nn.Buffer(torch.cat([angle, angle], -1).cos())
+        self.sin = nn.Buffer(torch.cat([angle, angle], -1).sin())
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.view(1, 128, 12, 32).transpose(1, 2)
+        for _ in range(_REPEATS):
+            heads = torch.ops.planish.rotary_embedding(heads, self.cos, self.sin)
+        return heads.transpose(1, 2).reshape(1, 128, 384)
+
+
+_SUBJECTS: dict[str, Callable[[], nn.Module]] = {
+    "residual": _Residual,
+    "linear": _Linear,
+    "attention": _Attention,
+    "rms-norm": _RmsNorm,
+    "rotary": _Rotary,
+}
+
+
+def measure(name: str) -> float:
+    """Speed of a choice's alternative relative to its default: 1.2 is 20% faster."""
+    from planish.backends.onnx_graph import Style
+    from planish.backends.ort_legalize import CHOICES
+
+    choice = next(c for c in CHOICES if c.name == name)
+    field = name.replace("-", "_")
+    fast = {"attention": "operator", "rms_norm": "operator", "rotary": "operator"}
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, 128, 384, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        program = capture(_SUBJECTS[name]().eval().requires_grad_(False), (sample,))
+    styles = [
+        Style(**{**fast, field: form})  # type: ignore[arg-type]
+        for form in (choice.default, choice.alternative)
+    ]
+    return _race(program, styles, sample)
+
+
+def _race(program: Program, styles: list[Any], sample: Tensor) -> float:
+    """Fastest run of the first style over the fastest of the second, interleaved."""
+    from planish.backends.onnx_build import build
+    from planish.backends.onnx_file import write_model
+    from planish.backends.onnx_translate import emit
+    from planish.backends.ort_run import Session
+
+    best = [float("inf")] * len(styles)
+    with tempfile.TemporaryDirectory(prefix="planish-") as folder:
+        sessions = []
+        for position, style in enumerate(styles):
+            path = Path(folder) / f"{position}.onnx"
+            model, initializers, _ = build(emit(program, 23, style), {})
+            write_model(model, initializers, path, external_data_bytes=2**30)
+            sessions.append(Session(path, threads=1))
+        for session in sessions:
+            for _ in range(_WARM_UP):
+                session.run([sample])
+        for _ in range(_ROUNDS):
+            for position, session in enumerate(sessions):
+                start = time.perf_counter()
+                session.run([sample])
+                best[position] = min(best[position], time.perf_counter() - start)
+    return best[0] / best[1]
+
+
+# -- the cache --------------------------------------------------------------------------------
+
+
+def speed_of_alternative(name: str, remark: Callable[[str], None]) -> float:
+    """The measured ratio of a choice, from the cache where it was measured before."""
+    ratio = _read().get(name)
+    if ratio is None:
+        ratio = _measure_once(name)
+        remark(f"measured lowering {name}: the alternative runs at {ratio:.2f}x of the default")
+        _write(name, ratio, remark)
+    return ratio
+
+
+@cache
+def _measure_once(name: str) -> float:
+    return measure(name)
+
+
+def cache_file() -> Path:
+    """Where results are kept: one file per machine and runtime version."""
+    import onnxruntime
+
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    facts = f"{_VERSION}|{onnxruntime.__version__}|{_processor()}"
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return root / "planish" / f"lowering-{digest}.json"
+
+
+def _processor() -> str:
+    """The processor's model, and what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "CPU part", "Features")
+    return "|".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _read() -> dict[str, float]:
+    try:
+        loaded = json.loads(cache_file().read_text())
+    except (OSError, ValueError):  # not there yet, or damaged: measured anew
+        return {}
+    if not isinstance(loaded, dict):
+        return {}
+    return {str(k): float(v) for k, v in loaded.items() if isinstance(v, (int, float))}
+
+
+def _write(name: str, ratio: float, remark: Callable[[str], None]) -> None:
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".json")
+        with os.fdopen(handle, "w") as file:
+            json.dump({**_read(), name: round(ratio, 4)}, file, sort_keys=True, indent=1)
+        os.replace(temporary, path)
+    except OSError as error:
+        remark(f"lowering choices are measured again each time: {path} cannot be written ({error})")
