@@ -36,7 +36,7 @@ def build(
 
     outputs = _outputs(e)
     inputs = [e.view(node).base for node in e.program.placeholders]
-    nodes, live = _alive(e.nodes, outputs)
+    nodes, live = alive(e.nodes, outputs)
     initializers = e.initializers(live)
     for node in nodes:
         node.metadata_props.clear()
@@ -81,7 +81,7 @@ def _outputs(e: Emitter) -> list[ir.Value]:
     return outputs
 
 
-def _alive(nodes: list[ir.Node], outputs: list[ir.Value]) -> tuple[list[ir.Node], set[ir.Value]]:
+def alive(nodes: list[ir.Node], outputs: list[ir.Value]) -> tuple[list[ir.Node], set[ir.Value]]:
     """The nodes that an output depends on, in order, and every value they read."""
     live: set[Any] = set(outputs)
     kept: list[ir.Node] = []
@@ -118,6 +118,9 @@ def _inline(e: Emitter, model: ir.Model) -> None:
     for identifier, function in e.functions.items():
         if not isinstance(function, ir.Function):
             function = ir.serde.deserialize_function(function.to_function_proto())
+        # They are written for opset 18 and use nothing whose meaning changed since; where that is
+        # wrong, the checker or the comparison with the program says so.
+        function.opset_imports[""] = e.opset
         model.functions[identifier] = function
     InlinePass()(model)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.node import Argument, Target, map_arg
 
@@ -52,7 +53,9 @@ def infer(
     quiet = shape_env.suppress_guards() if shape_env is not None else nullcontext()
     function = _SHAPE_RULES.get(target, target)
     try:
-        with mode, quiet, torch.no_grad():
+        # Without the Python dispatcher, operators whose C++ kernels take plain integers (addcmul)
+        # reject symbolic sizes. Tracing has it on too, and it costs nothing measurable.
+        with mode, quiet, torch.no_grad(), enable_python_dispatcher():
             return function(*fake_args, **fake_kwargs)  # type: ignore[operator]
     except Exception as error:  # shape functions raise RuntimeError, TypeError, IndexError, ...
         raise PassError(f"{target} rejects these operands: {reason(error)}") from error
