@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 import planish
 from planish.backends.base import Artifact
 from planish.ir.capture import capture
-from planish.ir.compare import difference
+from planish.ir.compare import bounds_of, difference
 from planish.ir.errors import PlanishError
 from planish.ir.probe import second_reference
 from planish.ir.program import Program
@@ -153,6 +153,11 @@ def _compare(case: Case, where: str, flat: tuple[Any, ...]) -> None:
     with torch.no_grad():
         outputs = pytree.tree_leaves(case.model(*args, **kwargs))
     reference = [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+    bounds = [
+        bound
+        for leaf, bound in zip(outputs, bounds_of(case.program), strict=True)
+        if isinstance(leaf, Tensor)
+    ]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(
@@ -163,7 +168,7 @@ def _compare(case: Case, where: str, flat: tuple[Any, ...]) -> None:
     named = zip(case.artifact.input_names, flat, strict=True)
     feed = {name: torch.as_tensor(value).numpy() for name, value in named if name in taken}
     found = [torch.from_numpy(a) for a in session.run(list(case.artifact.output_names), feed)]
-    problem = difference(reference, found, names=case.artifact.output_names)
+    problem = difference(reference, found, names=case.artifact.output_names, bounds=bounds)
     if problem:
         raise DisagreementError(f"ONNX Runtime against the model on {where}: {problem}")
 
