@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import types
-import zipfile
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load as safetensors_load
 from torch import Tensor, nn
 from torch.export import Dim
 
 from planish.ir import Program, Rewriter, capture, load, save, text
 from planish.ir.errors import ExportError, UnsupportedError, UsageError
 from planish.ir.tensortype import SparseLayout
-from tests.support.nets import Branch, assert_same, branch_program, net_inputs, net_program
+from tests.support.nets import Branch, assert_same, branch_program, held, net_inputs, net_program
 
 aten = torch.ops.aten
 
@@ -176,116 +174,6 @@ def test_keyword_arguments_of_sizes_and_mixed_lists_are_kept(tmp_path: Path) -> 
     torch.testing.assert_close(again(torch.ones(4, 1, 2, 2)), torch.full((4, 1, 4, 4), 4.0))
     assert "dim=0" in text(again)
     assert "[2.0, 2.0]" in text(again)
-
-
-# -- constants ------------------------------------------------------------------------------------
-
-TENSORS = {
-    "scalar": torch.tensor(2.5),
-    "flag": torch.tensor([True, False, True]),
-    "half": torch.randn(3).half(),
-    "brain": torch.randn(3).bfloat16(),
-    "double": torch.randn(3, dtype=torch.float64),
-    "complex": torch.randn(2, dtype=torch.complex64),
-    "complex_double": torch.randn(2, 2, dtype=torch.complex128),
-    "byte": torch.arange(5, dtype=torch.uint8),
-    "short": torch.arange(5, dtype=torch.int16) - 2,
-    "wide": torch.tensor([2**40, -1]),
-    "unsigned": torch.tensor([1, 65535], dtype=torch.uint16),
-    "eight": torch.randn(4).to(torch.float8_e4m3fn),
-    "eight_other": torch.randn(4).to(torch.float8_e4m3fnuz),
-    "empty": torch.zeros(0, 3),
-    "transposed": torch.randn(3, 5).t(),
-    "strided": torch.arange(12.0).view(3, 4)[1:, ::2],
-    "expanded": torch.randn(3, 1).expand(3, 4),
-    "channels_last": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
-    "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
-    "special": torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0]),
-}
-
-
-class Holder(nn.Module):
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.names = list(tensors)
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def forward(self, x: Tensor) -> list[Any]:
-        return [x, *(getattr(self, name) for name in self.names)]
-
-
-def held(tensors: dict[str, Tensor]) -> Program:
-    """A program that returns its constants."""
-    _, program = net_program()
-    program = program.clone()
-    graph = program.graph
-    nodes = []
-    with graph.inserting_before(program.output):
-        for name, tensor in tensors.items():
-            program.constants[name] = tensor
-            node = graph.create_node("get_attr", name)
-            node.meta["val"] = program.fake_mode.from_tensor(tensor, static_shapes=True)
-            nodes.append(node)
-    program.output.args = (tuple(nodes),)
-    graph.eliminate_dead_code()
-    spec = torch.utils._pytree.tree_structure([0] * len(nodes))
-    names = tuple(f"output_{i}" for i in range(len(nodes)))
-    program.signature = type(program.signature)(
-        **{**vars(program.signature), "out_spec": spec, "output_names": names}
-    )
-    program.drop_dead_constants()
-    return program
-
-
-def bits(tensor: Tensor) -> bytes:
-    flat = tensor.resolve_conj().contiguous().reshape(-1)
-    return bytes(flat.view(torch.uint8).numpy())
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_a_constant_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
-    tensor = TENSORS[name]
-    again = round_trip(held({name: tensor}), tmp_path).constants[name]
-    assert isinstance(again, Tensor)
-    assert (again.dtype, again.shape) == (tensor.dtype, tensor.shape)
-    assert bits(again) == bits(tensor)
-    if name in ("transposed", "channels_last"):
-        assert again.stride() == tensor.stride()
-
-
-def test_constants_that_share_memory_are_stored_once_and_stay_shared(tmp_path: Path) -> None:
-    weight = torch.randn(100, 100)
-    program = held({"a": weight, "b.c": weight, "other": weight.clone()})
-    again = round_trip(program, tmp_path)
-    assert again.constants["a"] is again.constants["b.c"]
-    assert again.constants["a"] is not again.constants["other"]
-    assert (tmp_path / "program.pt2").stat().st_size < 2 * weight.nbytes + 20_000
-
-
-def test_a_view_of_another_constant_is_stored_by_value(tmp_path: Path) -> None:
-    base = torch.arange(10.0)
-    again = round_trip(held({"base": base, "part": base[2:5]}), tmp_path)
-    torch.testing.assert_close(again.constants["part"], torch.tensor([2.0, 3, 4]))
-    torch.testing.assert_close(again.constants["base"], base)
-
-
-def test_the_tensor_files_are_safetensors(tmp_path: Path) -> None:
-    tensors = {n: t for n, t in TENSORS.items() if not n.startswith(("complex", "eight_other"))}
-    save(held(tensors), tmp_path / "p.pt2")
-    with zipfile.ZipFile(tmp_path / "p.pt2") as archive:
-        assert archive.getinfo("constants.safetensors").compress_type == zipfile.ZIP_STORED
-        read = safetensors_load(archive.read("constants.safetensors"))
-    assert set(read) == set(tensors)
-    assert all(bits(read[name]) == bits(tensor) for name, tensor in tensors.items())
-
-
-def test_a_sparse_constant_is_refused_by_name(tmp_path: Path) -> None:
-    program = held({"weight": torch.ones(2, 2)})
-    program.constants["weight"] = torch.eye(2).to_sparse()
-    with pytest.raises(UnsupportedError, match="'weight' is a Tensor of"):
-        save(program, tmp_path / "p.pt2")
-    assert list(tmp_path.iterdir()) == []
 
 
 # -- structures -----------------------------------------------------------------------------------

@@ -98,3 +98,26 @@ def assert_same(expected: Any, got: Any) -> None:
             torch.testing.assert_close(a, b)
         else:
             assert a == b
+
+
+def held(tensors: dict[str, Tensor]) -> Program:
+    """A program that returns its constants."""
+    _, program = net_program()
+    program = program.clone()
+    graph = program.graph
+    nodes = []
+    with graph.inserting_before(program.output):
+        for name, tensor in tensors.items():
+            program.constants[name] = tensor
+            node = graph.create_node("get_attr", name)
+            node.meta["val"] = program.fake_mode.from_tensor(tensor, static_shapes=True)
+            nodes.append(node)
+    program.output.args = (tuple(nodes),)
+    graph.eliminate_dead_code()
+    spec = pytree.tree_structure([0] * len(nodes))
+    names = tuple(f"output_{i}" for i in range(len(nodes)))
+    program.signature = type(program.signature)(
+        **{**vars(program.signature), "out_spec": spec, "output_names": names}
+    )
+    program.drop_dead_constants()
+    return program
