@@ -16,10 +16,11 @@ from torch.fx import Node
 from torch.fx.node import Argument, Target
 
 from planish.ir.errors import PassError, PlanishError, source_line
-from planish.ir.infer import fake_constant, infer, infer_node
+from planish.ir.infer import fake_constant, infer_node
 from planish.ir.ops import is_pure_call
 from planish.ir.program import Program
 from planish.ir.tensortype import SparseLayout, type_text
+from planish.ir.typememo import TypeMemo
 
 # What a replacement inherits from the node it stands for.
 _INHERITED = ("stack_trace", "nn_module_stack", "torch_fn")
@@ -114,6 +115,7 @@ class Rewriter:
         self._site: _Open | None = None
         self._stale: dict[Node, None] = {}
         self._wanted_names: dict[str, str] = {}
+        self._types = TypeMemo(program)
 
     # -- sites --------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ class Rewriter:
         """
         site = self._opened()
         sources = [like] if isinstance(like, Node) else list(like)
-        value = infer(self.program, target, tuple(args), kwargs)
+        value = self._types.of(target, tuple(args), dict(kwargs or {}))
         with self.program.graph.inserting_before(site.anchor):
             node = self.program.graph.call_function(
                 target,  # type: ignore[arg-type] - fx declares callables, operators are
@@ -338,9 +340,7 @@ class Rewriter:
         """Bring types and names up to date after the last edit and return the program."""
         self._retype()
         self.program.drop_dead_constants()
-        for unique, wanted in self._wanted_names.items():
-            if unique in self.program.constants and wanted not in self.program.constants:
-                self._rename_constant(unique, wanted)
+        self._rename_constants()
         self.program.touch()
         return self.program
 
@@ -359,14 +359,19 @@ class Rewriter:
                 pending.update(node.users)
         self._stale.clear()
 
-    def _rename_constant(self, old: str, new: str) -> None:
+    def _rename_constants(self) -> None:
+        """Give new constants the names they wish for, where those have become free."""
         program = self.program
-        program.constants[new] = program.constants.pop(old)
-        if old in program.layouts:
-            program.layouts[new] = program.layouts.pop(old)
-        for node in program.graph.find_nodes(op="get_attr"):
-            if node.target == old:
-                node.target = new
+        renamed = {}
+        for old, new in self._wanted_names.items():
+            if old in program.constants and new not in program.constants:
+                program.constants[new] = program.constants.pop(old)
+                if old in program.layouts:
+                    program.layouts[new] = program.layouts.pop(old)
+                renamed[old] = new
+        if renamed:
+            for node in program.graph.find_nodes(op="get_attr"):
+                node.target = renamed.get(str(node.target), node.target)
 
 
 def rule_failed(rule: str, node: Node, error: Exception) -> PassError:
