@@ -8,7 +8,8 @@ costs nothing where the attention operator takes packed heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -275,7 +276,9 @@ class Emitter:
         return value
 
     def known(self, node: object) -> Tensor | None:
-        """The tensor behind a constant node."""
+        """The tensor behind a constant node of the program; None inside a branch."""
+        if not isinstance(node, Node) or node.graph is not self.program.graph:
+            return None
         return self.program.constant(node)
 
     def initializers(self, live: set[ir.Value]) -> list[Initializer]:
@@ -416,6 +419,19 @@ class Emitter:
         self.describe(declared, value, dims)
         self._held[node] = View(declared, dims, dims)
         self._note_sources(node)
+
+    @contextmanager
+    def scope(self) -> Iterator[list[ir.Node]]:
+        """Collect nodes for a subgraph; what is computed inside is not reused outside."""
+        outside = self.nodes
+        memo = (self._views, self._dims, self._cache)
+        self.nodes = []
+        self._views, self._dims, self._cache = (dict(m) for m in memo)  # type: ignore[assignment]
+        try:
+            yield self.nodes
+        finally:
+            self.nodes = outside
+            self._views, self._dims, self._cache = memo
 
     def at(self, node: Node) -> None:
         """Say which node of the program is emitted now."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from planish.backends.onnx_attention import ATTENTION
+from planish.backends.onnx_branch import BRANCHES
 from planish.backends.onnx_graph import Emitter, Style, Translator
 from planish.backends.onnx_index import INDEXING
 from planish.backends.onnx_layers import LAYERS
@@ -29,6 +30,7 @@ TABLE: dict[Any, Translator] = {
     **RECURRENT,
     **ATTENTION,
     **ROTARY,
+    **BRANCHES,
 }
 
 _EAGER_NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
@@ -60,10 +62,11 @@ def emit_nodes(e: Emitter) -> None:
             if tensor is not None:
                 e.hold(node, e.tensor(tensor, str(node.target)))
         elif node.op == "call_function":
-            _emit_operator(e, node)
+            emit_operator(e, node)
 
 
-def _emit_operator(e: Emitter, node: Node) -> None:
+def emit_operator(e: Emitter, node: Node) -> None:
+    """Translate one node: from the table, else with torch's own library."""
     if node.target in NUMBER_OPS and not isinstance(node.meta.get("val"), Tensor):
         if node.target in _EAGER_NUMBERS:
             e.view(node)

@@ -1,0 +1,87 @@
+"""ONNX form of ``torch.cond``: If, with one subgraph per branch.
+
+Both branches read the values around them directly, as ONNX allows, so the operands that
+torch hands in need no inputs of their own.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from planish.backends.onnx_dims import dims_of
+from planish.backends.onnx_graph import Emitter, Table, dtype_of
+from planish.ir.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def _cond(e: Emitter, node: Node) -> list[Any]:
+    predicate, if_true, if_false, operands = node.args
+    assert isinstance(predicate, Node)
+    condition = e.operand(predicate, torch.bool)
+    if len(dims_of(predicate.meta["val"]) if isinstance(predicate.meta["val"], Tensor) else ()):
+        condition = e.op("Squeeze", condition)
+    bodies = [_body(e, node, branch, tuple(operands)) for branch in (if_true, if_false)]  # type: ignore[arg-type]
+    count = len(bodies[0].outputs)
+    outputs = e.op(
+        "If", condition, outputs=count, then_branch=bodies[0], else_branch=bodies[1]
+    )
+    return [outputs] if count == 1 else list(outputs)
+
+
+def _body(e: Emitter, node: Node, branch: Any, operands: tuple[Any, ...]) -> ir.Graph:  # noqa: ANN401
+    """One branch as an ONNX graph."""
+    from planish.backends.onnx_build import alive
+
+    assert isinstance(branch, Node)
+    module = e.program.constants.get(str(branch.target))
+    if not isinstance(module, GraphModule):
+        raise UnsupportedError("the branch of torch.cond is not a graph", where=node)
+    with e.scope() as nodes:
+        outputs = _emit_branch(e, module, operands)
+    kept, _ = alive(nodes, outputs)
+    import onnx_ir as ir
+
+    return ir.Graph((), outputs, nodes=kept, name=e.unique(f"{node.name}.{branch.target}"))
+
+
+def _emit_branch(e: Emitter, module: GraphModule, operands: tuple[Any, ...]) -> list[ir.Value]:
+    from planish.backends.onnx_translate import emit_operator
+
+    rest = iter(operands)
+    for inner in module.graph.nodes:
+        e.at(inner)
+        if inner.op == "placeholder":
+            operand = next(rest)
+            if isinstance(operand, Node):
+                e.hold(inner, e.view(operand))
+            else:
+                e.hold(inner, e.constant(operand, dtype_of(operand)))
+        elif inner.op == "get_attr":
+            tensor = operator.attrgetter(str(inner.target))(module)
+            if isinstance(tensor, Tensor):
+                e.hold(inner, e.tensor(tensor, str(inner.target)))
+        elif inner.op == "call_function":
+            emit_operator(e, inner)
+        else:
+            return [_own(e, result) for result in inner.args[0]]
+    raise AssertionError("a graph always ends in its output node")
+
+
+def _own(e: Emitter, result: Any) -> ir.Value:  # noqa: ANN401
+    """A result as a value that the subgraph itself computes."""
+    if not isinstance(result, Node):
+        raise UnsupportedError("a branch of torch.cond returns something that is no tensor")
+    like = result.meta["val"]
+    value: ir.Value = e.op("Identity", e.value(result))
+    e.describe(value, like, dims_of(like) if isinstance(like, Tensor) else ())
+    return value
+
+
+BRANCHES: Table = {torch.ops.higher_order.cond: _cond}
