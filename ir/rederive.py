@@ -92,7 +92,7 @@ class Derivation:
         Raises:
             PassError: the operator rejects them.
         """
-        key = self._key(node)
+        key = call_key(node.target, node.args, node.kwargs)
         if key is not None and key in self._known:
             return self._known[key]
         shape_env = self.program.fake_mode.shape_env
@@ -104,31 +104,36 @@ class Derivation:
             self._known[key] = value
         return value
 
-    def _key(self, node: Node) -> Hashable | None:
-        key = (node.target, _key((node.args, dict(node.kwargs))))
-        try:
-            hash(key)
-        except TypeError:  # an argument of a kind unknown here: derive it each time
-            return None
-        return key
+
+def call_key(target: Any, args: Any, kwargs: Mapping[str, Any]) -> Hashable | None:  # noqa: ANN401
+    """A key that is equal for calls that give the same type; None where there is none."""
+    key = (target, type_key((args, dict(kwargs))))
+    try:
+        hash(key)
+    except TypeError:  # an argument of a kind unknown here
+        return None
+    return key
 
 
-def _key(value: Any) -> Hashable:  # noqa: ANN401 - whatever a node may hold or take
-    """Equal for equal arguments, where an operand is equal to all of exactly its type."""
+def type_key(value: Any) -> Hashable:  # noqa: ANN401 - whatever a node may hold or take
+    """Equal for equal arguments, where an operand is equal to all of exactly its type.
+
+    It may not be hashable, if an argument is of a kind unknown here.
+    """
     if isinstance(value, Node):
-        return ("operand", _key(value.meta.get("val")))
+        return ("operand", type_key(value.meta.get("val")))
     if isinstance(value, Tensor):
         constant = id(getattr(value, "constant", None))  # a fake tensor may know its value
-        shape = tuple(map(_key, value.shape))
-        strides = tuple(map(_key, value.stride()))
+        shape = tuple(map(type_key, value.shape))
+        strides = tuple(map(type_key, value.stride()))
         return (value.dtype, shape, strides, value.device, value.layout, constant)
     if isinstance(value, (SymInt, SymFloat, SymBool)):
         expression: Hashable = value.node.expr
         return expression
     if isinstance(value, Mapping):
-        return tuple((k, _key(v)) for k, v in value.items())
+        return tuple((k, type_key(v)) for k, v in value.items())
     if isinstance(value, (tuple, list)):
-        return tuple(map(_key, value))
+        return tuple(map(type_key, value))
     return (type(value), value)  # True, 1 and 1.0 are one key otherwise
 
 
