@@ -139,7 +139,8 @@ def is_pure_call(node: Node) -> bool:
     declared = {a.name for a in node.target._schema.arguments}
     for switch in ("train", "training"):
         if switch in declared:
-            return argument(node, switch) is False
+            never = "p" in declared and argument(node, "p") == 0
+            return argument(node, switch) is False or never
     return "dropout_p" in declared and argument(node, "dropout_p") == 0
 
 

@@ -1,6 +1,6 @@
 """Straight lines over the coordinates of a tensor, and what comparing two of them gives.
 
-``arange(n)[:, None] - 1`` is ``-1 + 1*i + 0*j`` whatever n is, and less than ``arange(n)[:, None]``.
+``arange(n)[:, None] - 1`` is ``-1 + 1*i + 0*j`` whatever n is; it is less than ``1*i + 0*j``.
 """
 
 from __future__ import annotations

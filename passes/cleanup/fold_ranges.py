@@ -64,14 +64,12 @@ class FoldRanges(Pass):
             with rewriter.site(_FOLD, node) as allowed:
                 if allowed:
                     _replace(node, _number(node, known[node].start), sizes, rewriter)
-        for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
-            table, index = program.constant(node.args[0]), uniform(node.args[1], program)
-            sizes = size_arguments(shape_of(node), program, node)
-            if table is None or not isinstance(index, int) or sizes is None or escapes(node):
-                continue
+        rows, declined = _lookups(program)
+        for node, (row, wide, name) in rows.items():
             with rewriter.site(_LOOKUP, node) as allowed:
                 if allowed:
-                    _replace(node, table[index], sizes, rewriter, str(node.args[0].target))
+                    _replace(node, row, wide, rewriter, name)
+        refusals += declined
         return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))
 
 
@@ -90,18 +88,38 @@ def _undecided_readers(
             continue
         if all(user in decided for user in node.users):
             continue
-        sizes = size_arguments(shape_of(node), program, node)
-        reason = None
-        if escapes(node):
-            reason = "it is an output, which must not be a constant's own memory"
-        elif sizes is None:
-            reason = "it is one number, but no operator has computed its sizes"
-        if sizes is not None and reason is None:
+        sizes = _spread(node, program)
+        if isinstance(sizes, str):
+            decided.discard(node)
+            refusals.append(Refusal(_FOLD, node.name, sizes, source_line(node)))
+        else:
             found[node] = sizes
-            continue
-        decided.discard(node)
-        refusals.append(Refusal(_FOLD, node.name, str(reason), source_line(node)))
     return dict(reversed(found.items())), refusals
+
+
+def _lookups(program: Program) -> tuple[dict[Node, tuple[Tensor, list[Any], str]], list[Refusal]]:
+    """Lookups of one and the same row of a table: the row, the sizes, the table's name."""
+    refusals: list[Refusal] = []
+    found: dict[Node, tuple[Tensor, list[Any], str]] = {}
+    for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default):
+        source, index = node.args[0], uniform(node.args[1], program)
+        table = program.constant(source)
+        if table is None or not isinstance(source, Node) or not isinstance(index, int):
+            continue
+        sizes = _spread(node, program)
+        if isinstance(sizes, str):
+            refusals.append(Refusal(_LOOKUP, node.name, sizes, source_line(node)))
+        else:
+            found[node] = (table[index], sizes, str(source.target))
+    return found, refusals
+
+
+def _spread(node: Node, program: Program) -> list[Any] | str:
+    """The sizes a constant has to be spread to in order to stand for a node; or why it cannot."""
+    if escapes(node):
+        return "it is an output, which must not be a constant's own memory"
+    sizes = size_arguments(shape_of(node), program, node)
+    return "it is a constant, but no operator has computed its sizes" if sizes is None else sizes
 
 
 def _number(node: Node, value: int) -> Tensor:

@@ -153,7 +153,7 @@ class DropExpand(Rule):
         positions = [3] if node.target is _ATTENTION else range(len(args))
         for position in positions:
             operand = args[position]
-            if not is_op(operand, aten.expand.default):
+            if not is_op(operand, aten.expand.default) or _sways_type(operand, args):
                 continue
             shapes = self._shapes(node, args, {position: operand.args[0]})
             if shapes is None:
@@ -185,6 +185,12 @@ class DropExpand(Rule):
     def rewrite(self, match: Match, rewriter: Rewriter) -> None:
         """Read what was expanded."""
         _set_arguments(match.root, {match["position"]: match["new"]}, rewriter)
+
+
+def _sways_type(expanded: Node, args: list[Any]) -> bool:
+    """Whether an operand takes part in type promotion only because it was expanded from rank 0."""
+    tensors = [t for t in map(tensor_of, args) if t is not None]
+    return not shape_of(expanded.args[0]) and len({t.dtype for t in tensors}) > 1  # type: ignore[arg-type]
 
 
 def _set_arguments(node: Node, values: dict[int, Node | None], rewriter: Rewriter) -> None:
