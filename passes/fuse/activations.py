@@ -10,7 +10,7 @@ Rewrite:
     x tanh(softplus(x))                                       ->  mish(x)
     in any order of operands: the formula is read as a polynomial in x and the function of x.
 Shapes:       x: any; the result has its shape and dtype
-Requires:     constants right to six digits; nothing in between read elsewhere.
+Requires:     constants right to six digits (twelve in float64); nothing in between read elsewhere.
 Contract:     exact. Where exp overflows in the written-out form, the operator is finite.
 Cost:         2 to 9 operators become one.
 Failures:     none; what does not fit is refused.
@@ -138,7 +138,9 @@ def _around(
 ) -> _Found | str | None:
     """Walk to the users while they are polynomials in x and the function; keep the last hit."""
     best: _Found | str | None = None
-    queue, looked = deque([node]), 0
+    queue, looked, dtype = deque([node]), 0, dtype_of(x)
+    if dtype is None or not dtype.is_floating_point:
+        return None
     while queue and looked < 8:
         root = queue.popleft()
         looked += 1
@@ -148,9 +150,9 @@ def _around(
             continue
         queue.extend(user for user in root.users if user.op == "call_function")
         for form in forms:
-            if not is_polynomial(outer, form.formula):
+            if not is_polynomial(outer, form.formula, dtype):
                 continue
-            if is_polynomial(inner, form.inner):
+            if is_polynomial(inner, form.inner, dtype):
                 best = _Found(root, form, seen)
             elif best is None and (1, 1) in form.formula:
                 best = _almost(form, inner)
@@ -181,6 +183,8 @@ class Softplus(Activation):
         x = softplus_argument(node, program, seen)
         if not isinstance(x, Node):
             return None
+        if dtype_of(x) == torch.float64:
+            return self.refuse(node, "softplus(x) is x above 20, which is not exact in float64")
         return self.decide(node, x, node, seen, aten.softplus.default)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from planish.ir.ops import argument, aten, is_op
@@ -24,15 +25,14 @@ _DIV = (aten.div.Tensor, aten.div.Scalar)
 MAX_NODES = 12
 
 
-def close(value: float, wanted: float) -> bool:
-    """Whether two coefficients are one number written with six digits or more."""
-    return math.isclose(value, wanted, rel_tol=1e-6, abs_tol=1e-9)
+def is_polynomial(p: Polynomial, wanted: Polynomial, dtype: torch.dtype) -> bool:
+    """Whether a polynomial has these coefficients, as exactly as a value of ``dtype`` can tell.
 
-
-def is_polynomial(p: Polynomial | None, wanted: Polynomial) -> bool:
-    """Whether a polynomial has these coefficients, to six digits."""
-    return (
-        p is not None and p.keys() == wanted.keys() and all(close(p[k], wanted[k]) for k in wanted)
+    In float32 and narrower six digits will do, since people write 0.79788456 for sqrt(2 / pi).
+    """
+    tolerance = 1e-6 if torch.finfo(dtype).eps > 1e-10 else 1e-12
+    return p.keys() == wanted.keys() and all(
+        math.isclose(p[powers], wanted[powers], rel_tol=tolerance) for powers in wanted
     )
 
 

@@ -85,7 +85,10 @@ def dtype_of(node: object) -> torch.dtype | None:
 
 def is_identity(node: object) -> bool:
     """Whether a node returns its first argument's values in the same dtype and shape."""
-    if not is_op(node, *SAME_VALUES):
+    if is_op(node, aten.mul.Tensor, aten.div.Tensor):
+        if isinstance(node.args[1], Node) or node.args[1] != 1:  # type: ignore[union-attr]
+            return False
+    elif not is_op(node, *SAME_VALUES):
         return False
     assert isinstance(node, Node)
     if node.target in _DROPOUTS and argument(node, "train") and argument(node, "p"):
@@ -125,7 +128,7 @@ def origin(node: Any) -> Any:  # noqa: ANN401 - nodes or numbers
 
 
 def only_user(node: Node) -> Node | None:
-    """The node that alone reads this one, if there is exactly one and it is not the output."""
+    """The operator that alone reads this node, if there is exactly one."""
     if len(node.users) != 1:
         return None
     user = next(iter(node.users))

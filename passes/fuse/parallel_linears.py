@@ -5,8 +5,8 @@ Rewrite:
     W = [W_1; ...; W_n],  b = [b_1; ...; b_n], zeros where one linear of several has no bias
 Shapes:       x: [..., I];  W_i: [O_i, I];  b_i: [O_i];  W: [sum O_i, I].  The O_i may differ
               (grouped-query attention).
-Requires:     weights and biases constant, read by nothing else and sharing no memory; one dtype;
-              one sparse layout for all weights, or none.
+Requires:     weights and biases constant, weights read by nothing else and sharing no memory; one
+              sparse layout for all weights, or none. (A linear that reads x has the dtype of x.)
 Contract:     exact: every output is the same dot product. A matrix product of another width may
               add its terms in another order, which costs the last bit.
 Cost:         one copy of the weights; n products become one product and one split.
@@ -115,8 +115,6 @@ class WidenLinear(Rule):
         if len(fitting) < max(2, self.min_linears):
             return self.refuse(node, self._why(readers, fitting, program))
         weights = [_weight(linear, program) for linear in fitting]
-        if len({weight.dtype for weight in weights}) > 1:
-            return self.refuse(node, "the weights differ in dtype")
         layouts = {program.layouts.get(str(linear.args[1].target)) for linear in fitting}  # type: ignore[union-attr]
         if len(layouts) > 1:
             return self.refuse(node, "the weights differ in sparse layout")
