@@ -39,7 +39,7 @@ def bench(
       planish bench a.onnx b.onnx --threads 2 --rounds 100 --json
     """
     from planish.ir.compare import measure
-    from planish.tools.candidates import make_inputs, open_candidate
+    from planish.tools.candidates import make_inputs, open_candidate, paired
     from planish.tools.timing import interleave
 
     with stages(quiet=quiet) as stage:
@@ -55,12 +55,12 @@ def bench(
         )
     rows = []
     for candidate, timing, values in zip(candidates, timings, outputs, strict=True):
-        names = [n for n in outputs[0] if n in values and outputs[0][n].shape == values[n].shape]
+        pairs = [(a, b) for _, a, b in paired(outputs[0], values) if a.shape == b.shape]
         fidelity = measure(
-            tuple(torch.from_numpy(outputs[0][n]) for n in names),
-            tuple(torch.from_numpy(values[n]) for n in names),
+            tuple(torch.from_numpy(a) for a, _ in pairs),
+            tuple(torch.from_numpy(b) for _, b in pairs),
         )
-        rows.append((candidate, timing, fidelity if names else None))
+        rows.append((candidate, timing, fidelity if pairs else None))
     if as_json:
         print_json(
             {

@@ -182,7 +182,24 @@ def make_inputs(
     generator = np.random.default_rng(seed)
     reference = candidates[0]
     _check_names(candidates, {slot.name for slot in reference.slots})
-    return {slot.name: _values(slot, sizes, generator) for slot in reference.slots}
+    named = {
+        (slot.name, axis): sizes[dim]
+        for candidate in candidates
+        for slot in candidate.slots
+        for axis, dim in enumerate(slot.shape)
+        if isinstance(dim, str) and dim in sizes
+    }
+    return {slot.name: _values(slot, named, generator) for slot in reference.slots}
+
+
+def paired(reference: Values, other: Values) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Outputs that belong together: by name, or by position where no name is common."""
+    common = [name for name in reference if name in other]
+    if common:
+        return [(name, reference[name], other[name]) for name in common]
+    if len(reference) != len(other):
+        return []
+    return [(n, a, b) for (n, a), b in zip(reference.items(), other.values(), strict=True)]
 
 
 def _check_names(candidates: Sequence[Candidate], names: set[str]) -> None:
@@ -195,9 +212,12 @@ def _check_names(candidates: Sequence[Candidate], names: set[str]) -> None:
             )
 
 
-def _values(slot: Slot, sizes: Mapping[str, int], generator: np.random.Generator) -> np.ndarray:
+def _values(
+    slot: Slot, sizes: Mapping[tuple[str, int], int], generator: np.random.Generator
+) -> np.ndarray:
+    # Candidates may call one dimension by different names; one of them knows the asked-for name.
     shape = tuple(
-        d if isinstance(d, int) else sizes.get(d, 1 if axis == 0 else 128)
+        d if isinstance(d, int) else sizes.get((slot.name, axis), 1 if axis == 0 else 128)
         for axis, d in enumerate(slot.shape)
     )
     if slot.dtype.kind == "f":

@@ -62,7 +62,7 @@ def compare(
     from planish.ir.compare import difference, measure
     from planish.ir.errors import UsageError
     from planish.report import sqnr_text
-    from planish.tools.candidates import make_inputs, open_candidate
+    from planish.tools.candidates import make_inputs, open_candidate, paired
 
     with stages(quiet=quiet) as stage:
         stage("opening")
@@ -70,16 +70,17 @@ def compare(
         inputs = make_inputs(pair, parse_sizes(sizes), seed=seed)
         stage("running")
         expected, actual = (candidate.run(inputs) for candidate in pair)
-    names = [name for name in expected if name in actual]
-    if not names:
+    pairs = paired(expected, actual)
+    if not pairs:
         raise UsageError(
-            f"no output name is common: {', '.join(expected)} and {', '.join(actual)}",
+            f"their outputs do not match: {', '.join(expected)} and {', '.join(actual)}",
             hint="compare artifacts of one model",
         )
-    only = sorted(set(expected) ^ set(actual))
+    by_name = any(name in actual for name in expected)
+    only = sorted(set(expected) ^ set(actual)) if by_name else []
     rows = []
-    for name in names:
-        a, b = torch.from_numpy(expected[name]), torch.from_numpy(actual[name])
+    for name, expected_value, value in pairs:
+        a, b = torch.from_numpy(expected_value), torch.from_numpy(value)
         problem = difference((a,), (b,))
         rows.append((name, measure((a,), (b,)) if a.shape == b.shape else None, problem))
     failed = [name for name, fidelity, problem in rows if _fails(fidelity, problem, min_sqnr, max_abs)]
