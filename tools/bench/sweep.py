@@ -28,7 +28,7 @@ from planish.tools.bench.zoo import ZooEntry, zoo
 PASS_SHARE = 0.95
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once, before any child is forked: the imports cost more than most entries.
-_PRELOAD = ["onnx", "onnxruntime", "onnx_ir", "planish.tools.bench.sweep_stages", "torch.export"]
+_PRELOAD = ["planish.tools.bench.sweep_preload"]
 
 
 def sweep_dir() -> Path:
