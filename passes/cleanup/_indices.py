@@ -13,7 +13,7 @@ from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.cleanup._memory import Memory
 from planish.passes.cleanup._reshapes import COPIES, RESHAPES
-from planish.passes.cleanup._sizes import Size, bound, same_size, shape_of, static
+from planish.passes.cleanup._sizes import Size, bound, same_shape, same_size, shape_of, static
 
 aten = torch.ops.aten
 
@@ -70,7 +70,7 @@ def whole_range_axis(index: Node, size: Size, program: Program, rank: int) -> in
     if len(long) != 1 or not same_size(own[long[0]], size):
         return None
     origin: Any = index
-    while origin.target in RESHAPES or origin.target in COPIES:
+    while _keeps_all(origin):
         origin = origin.args[0]
     held = program.constant(origin)
     if held is not None:
@@ -83,3 +83,10 @@ def whole_range_axis(index: Node, size: Size, program: Program, rank: int) -> in
         )
     # An arange of floats would not be an index; one of integers counts 0, 1, 2, ...
     return long[0] - len(own) + rank if counts else None
+
+
+def _keeps_all(node: Node) -> bool:
+    """Whether a value holds all elements of its first operand, in order."""
+    if is_op(node, aten.slice.Tensor):
+        return isinstance(node.args[0], Node) and same_shape(node, node.args[0])
+    return node.target in RESHAPES or node.target in COPIES
