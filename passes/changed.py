@@ -7,7 +7,7 @@ since an argument that is written out may equal the default that another leaves 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,10 @@ def _constants_differ(before: Program, after: Program) -> bool:
 
 
 class _Walk:
-    """Compares two graphs operator by operator, in the order in which they print."""
+    """Compares two graphs operator by operator, in the order in which they print.
+
+    It looks at every argument of every operator after every pass, hence the plain loops.
+    """
 
     def __init__(self, before: Program, after: Program):
         self.before = before
@@ -50,30 +53,23 @@ class _Walk:
 
     def differs(self) -> bool:
         old, new = self.before, self.after
-        if not self._paired(old.placeholders, new.placeholders):
+        inputs = _pairs(old.placeholders, new.placeholders)
+        operators = _pairs(old.operators, new.operators)
+        if inputs is None or operators is None:
             return True
-        if not all(self._same_type(a, b) for a, b in self.partner.items()):
+        self.partner = dict(inputs + operators)
+        if not all(self._same_type(a, b) for a, b in inputs):
             return True
-        if not self._paired(old.operators, new.operators):
-            return True
-        for a, b in zip(old.operators, new.operators, strict=True):
-            if not self._same_operator(a, b) and not self._same_line(a, b):
+        for a, b in operators:
+            same = (
+                a.target is b.target
+                and self._same_values(a.args, b.args)
+                and self._same_named(a.kwargs, b.kwargs)
+                and self._same_type(a, b)
+            )
+            if not same and not self._same_line(a, b):
                 return True
-        return not self._same(old.results, new.results)
-
-    def _paired(self, old: list[Node], new: list[Node]) -> bool:
-        if len(old) != len(new):
-            return False
-        self.partner.update(zip(old, new, strict=True))
-        return True
-
-    def _same_operator(self, a: Node, b: Node) -> bool:
-        return (
-            a.target is b.target
-            and self._same(a.args, b.args)
-            and self._same_named(a.kwargs, b.kwargs)
-            and self._same_type(a, b)
-        )
+        return not self._same_values(old.results, new.results)
 
     def _same_line(self, a: Node, b: Node) -> bool:
         if self._names is None:
@@ -89,25 +85,46 @@ class _Walk:
         return type_text(old, symbols) == type_text(new, symbols)
 
     def _same_named(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-        return a.keys() == b.keys() and all(self._same(value, b[name]) for name, value in a.items())
-
-    def _same(self, a: object, b: object) -> bool:
-        """Whether two arguments print the same, for sure."""
-        if isinstance(a, Node):
-            if a.op == "get_attr":
-                return isinstance(b, Node) and b.op == "get_attr" and a.target == b.target
-            return self.partner.get(a) is b
-        if isinstance(a, (tuple, list)):
-            if not isinstance(b, (tuple, list)) or len(a) != len(b):
-                return False
-            return all(map(self._same, a, b))
-        if a is b:
+        if not a and not b:
             return True
+        return a.keys() == b.keys() and self._same_values(
+            tuple(a.values()), tuple(b[name] for name in a)
+        )
+
+    def _same_values(self, old: Sequence[Any], new: Sequence[Any]) -> bool:
+        """Whether arguments print the same, for sure."""
+        if len(old) != len(new):
+            return False
+        partner = self.partner
+        for a, b in zip(old, new, strict=True):
+            if a is b:
+                continue
+            if isinstance(a, Node):
+                if partner.get(a) is not b and not _same_constant(a, b):
+                    return False
+            elif not self._same_plain(a, b):
+                return False
+        return True
+
+    def _same_plain(self, a: object, b: object) -> bool:
+        if isinstance(a, (tuple, list)):
+            return isinstance(b, (tuple, list)) and self._same_values(a, b)
         if type(a) is not type(b):
             return False
         if isinstance(a, (SymInt, SymFloat, SymBool)):
             return str(a) == str(b)
         return repr(a) == repr(b)
+
+
+def _pairs(old: list[Node], new: list[Node]) -> list[tuple[Node, Node]] | None:
+    return list(zip(old, new, strict=True)) if len(old) == len(new) else None
+
+
+def _same_constant(a: Node, b: object) -> bool:
+    """Whether two nodes read constants of one name."""
+    if a.op != "get_attr" or not isinstance(b, Node):
+        return False
+    return b.op == "get_attr" and a.target == b.target
 
 
 def unrecorded(before: Program, after: Program, changes: Iterable[Change]) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ from planish.passes.unbind import entries_of, unbind
 
 _CLEANUP = (
     "fold-constants",
+    "fold-ranges",
     "remove-identities",
     "simplify-layout",
     "eliminate-common-subexpressions",
@@ -65,7 +66,7 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
         "recover-norms",
         "recover-activations",
         "recover-rotary",
-        # "recover-attention",
+        "recover-attention",
         "fold-padding",
         "fold-batch-norm",
         "fold-scale-shift",

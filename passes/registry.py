@@ -23,6 +23,7 @@ GROUP = "planish.passes"
 # In the order in which the documentation lists them.
 REGISTRY: Mapping[str, str] = {
     "fold-constants": "planish.passes.cleanup.fold_constants:FoldConstants",
+    "fold-ranges": "planish.passes.cleanup.fold_ranges:FoldRanges",
     "remove-identities": "planish.passes.cleanup.remove_identities:RemoveIdentities",
     "simplify-layout": "planish.passes.cleanup.simplify_layout:SimplifyLayout",
     "merge-duplicate-constants": (
@@ -35,6 +36,7 @@ REGISTRY: Mapping[str, str] = {
     "recover-norms": "planish.passes.fuse.norms:RecoverNorms",
     "recover-activations": "planish.passes.fuse.activations:RecoverActivations",
     "recover-rotary": "planish.passes.fuse.rotary:RecoverRotary",
+    "recover-attention": "planish.passes.fuse.attention:RecoverAttention",
     "fold-padding": "planish.passes.fold.fold_padding:FoldPadding",
     "fold-batch-norm": "planish.passes.fold.fold_batch_norm:FoldBatchNorm",
     "fold-scale-shift": "planish.passes.fold.fold_scale_shift:FoldScaleShift",
@@ -121,7 +123,7 @@ def name_of(cls: type[Pass]) -> str:
     """How a recipe names a pass: by its registered name, else as ``module:Class``."""
     location = f"{cls.__module__}:{cls.__qualname__}"
     name = getattr(cls, "name", None)
-    if REGISTRY.get(name) == location:  # type: ignore[arg-type] - None is in no table
+    if REGISTRY.get(name) == location:  # type: ignore[arg-type]  # None is in no table
         return str(name)
     if name not in REGISTRY and len(_foreign().get(str(name), ())) == 1:
         # The entry point may name the class by a shorter path than its own module.
