@@ -22,6 +22,7 @@ from planish.ir.capture_errors import check_model, check_sample, explain
 from planish.ir.dims import enlarge_singletons, legal_ranges, named_symbols
 from planish.ir.errors import CaptureError, UnsupportedError
 from planish.ir.functionalize import (
+    drop_aliases,
     drop_assertions,
     is_functional,
     make_functional,
@@ -92,7 +93,7 @@ def _build(exported: ExportedProgram, call: Call, symbols: dict[str, str]) -> Pr
         # Writes into views: torch's own functionalization knows every aliasing rule.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = exported.run_decompositions({})
+            exported = drop_aliases(exported).run_decompositions({})
         _side_effects(exported)
     graph, constants, fixed = _unlift(exported)
     make_functional(graph)
@@ -131,9 +132,9 @@ def _side_effects(exported: ExportedProgram) -> list[str]:
         if spec.kind is OutputKind.BUFFER_MUTATION
     ]
     remarks = []
-    for written, writer in written_inputs(exported.graph).items():
+    for written, operator in written_inputs(exported.graph).items():
         if written.name in lifted:
-            buffers.append((lifted[written.name], writer))
+            buffers.append((lifted[written.name], operator))
         else:
             remarks.append(
                 f"forward writes into its input {written.name!r}; the optimized program leaves "

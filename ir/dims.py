@@ -60,10 +60,10 @@ def _dynamic_axes(
     dims: DimSpec = {}
     markers: dict[tuple[int, int], Any] = {}
 
-    def visit(path: Any, leaf: object, spec: object) -> None:  # noqa: ANN401
+    def visit(path: Any, leaf: object, spec: Any) -> None:  # noqa: ANN401
         if not isinstance(leaf, Tensor) or spec is None:
             return
-        entries = spec.items() if isinstance(spec, dict) else enumerate(spec)  # type: ignore[call-overload]
+        entries = spec.items() if isinstance(spec, dict) else enumerate(spec)
         for axis, marker in entries:
             if isinstance(marker, Dim) or _is_dynamic_hint(marker):
                 if not -leaf.dim() <= axis < leaf.dim():

@@ -7,10 +7,24 @@ goes to torch; see ``capture``.
 
 from __future__ import annotations
 
-import torch
-from torch.fx import Graph, Node
+import copy
+from dataclasses import replace
 
-from planish.ir.ops import ASSERTIONS, functional_form, is_op, is_view, written_argument
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from planish.ir.ops import (
+    ALIAS_IN_EVAL,
+    ASSERTIONS,
+    ELEMENTWISE_UNARY,
+    functional_form,
+    is_op,
+    is_view,
+    written_argument,
+)
 
 aten = torch.ops.aten
 
@@ -37,9 +51,47 @@ def is_functional(graph: Graph) -> bool:
         target = node.args[position] if position < len(node.args) else None
         if not isinstance(target, Node) or not _has_form(node):
             return False
-        if any(order[a] < order[node] and a is not target for a in _aliases(target)):
+        whole = _origin(target)
+        if any(order[a] < order[node] and _origin(a) is not whole for a in _aliases(target)):
             return False
     return True
+
+
+def drop_aliases(exported: ExportedProgram) -> ExportedProgram:
+    """A copy without dropouts, which in evaluation mode return their argument itself.
+
+    Torch's functionalization takes them for copies, so a write into the result would not reach the
+    argument.
+    """
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(exported.graph, mapping))
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in ALIAS_IN_EVAL:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            node.replace_all_uses_with(source, propagate_meta=False)
+            graph.erase_node(node)
+    module = GraphModule(exported.graph_module, graph)
+    module.meta.update(exported.graph_module.meta)
+    renamed = {
+        node.name: source.name
+        for node in exported.graph.nodes
+        if node.target in ALIAS_IN_EVAL and (source := _before_dropout(node)) is not node
+    }
+    signature = copy.deepcopy(exported.graph_signature)
+    for spec in signature.output_specs:
+        if getattr(spec.arg, "name", None) in renamed:
+            spec.arg = replace(spec.arg, name=renamed[spec.arg.name])
+    return exported._update(module, signature)
+
+
+def _before_dropout(node: Node) -> Node:
+    while node.op == "call_function" and node.target in ALIAS_IN_EVAL:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def written_inputs(graph: Graph) -> dict[Node, Node]:
@@ -73,18 +125,36 @@ def make_functional(graph: Graph) -> None:
 
 
 def _has_form(node: Node) -> bool:
-    return node.target is aten.copy_.default or functional_form(node.target) is not None  # type: ignore[arg-type]
+    return node.target is aten.copy_.default or functional_form(node.target) is not None
 
 
 def _to_functional(graph: Graph, node: Node) -> None:
-    if node.target is not aten.copy_.default:
-        node.target = functional_form(node.target)  # type: ignore[arg-type, assignment]
+    if node.target is aten.copy_.default:
+        # x.copy_(y) gives x's shape and dtype the values of y.
+        node.target = aten.copy.default
+        node.args = (node.args[0], node.args[1])
+        node.kwargs = {}
         return
-    # x.copy_(y) gives x's shape and dtype the values of y.
-    written, source = node.args[0], node.args[1]
-    node.target = aten.copy.default
-    node.args = (written, source)
-    node.kwargs = {}
+    node.target = functional_form(node.target)  # type: ignore[assignment]
+    if node.target in ELEMENTWISE_UNARY and node.target is not aten.logical_not.default:
+        return
+    # x.add_(y) keeps x's dtype, whatever x + y would be.
+    wanted, found = node.meta["val"], _result(node)
+    if found.dtype == wanted.dtype:
+        return
+    node.meta["val"] = found
+    with graph.inserting_after(node):
+        cast = graph.call_function(aten.to.dtype, (node, wanted.dtype))
+    cast.meta = {**node.meta, "val": wanted}
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+
+
+def _result(node: Node) -> Tensor:
+    """The type of a functional call, derived from its operands' types."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    mode = node.meta["val"].fake_mode
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
 
 
 def _aliases(node: Node) -> set[Node]:
@@ -93,9 +163,10 @@ def _aliases(node: Node) -> set[Node]:
     pending = [node]
     while pending:
         current = pending.pop()
-        near = [u for u in current.users if _aliases_first(u, current)]
-        if is_view(current.target) and current.args and isinstance(current.args[0], Node):
-            near.append(current.args[0])
+        near = [user for user in current.users if _shared(user) is current]
+        source = _shared(current)
+        if source is not None:
+            near.append(source)
         for other in near:
             if other not in found:
                 found.add(other)
@@ -103,11 +174,22 @@ def _aliases(node: Node) -> set[Node]:
     return found
 
 
-def _aliases_first(user: Node, value: Node) -> bool:
-    """Whether ``user`` returns (a view of) ``value``."""
-    if not user.args or user.args[0] is not value:
-        return False
-    return is_view(user.target)
+def _shared(node: Node) -> Node | None:
+    """The operand that a node returns, or returns a view of."""
+    position = written_argument(node.target)
+    if position is None and is_view(node.target):
+        position = 0
+    if position is None or position >= len(node.args):
+        return None
+    source = node.args[position]
+    return source if isinstance(source, Node) else None
+
+
+def _origin(node: Node) -> Node:
+    """The value an in-place operator was first applied to: ``y`` for ``y.relu_().add_(1)``."""
+    while written_argument(node.target) is not None and (source := _shared(node)) is not None:
+        node = source
+    return node
 
 
 def _recover_batch_norm(graph: Graph) -> None:

@@ -18,7 +18,14 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 # In evaluation mode these return their argument itself, though the schema does not say so.
-_ALIAS_IN_EVAL = frozenset({aten.dropout.default, aten.feature_dropout.default})
+ALIAS_IN_EVAL = frozenset(
+    {
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+        aten.feature_alpha_dropout.default,
+    }
+)
 
 # Checks that a traced program carries along; they compute nothing.
 ASSERTIONS = frozenset(
@@ -147,7 +154,7 @@ def is_pure_call(node: Node) -> bool:
 @cache
 def is_view(target: Any) -> bool:  # noqa: ANN401
     """Whether the result may share storage with the first argument."""
-    if target is operator.getitem or target in _ALIAS_IN_EVAL:
+    if target is operator.getitem or target in ALIAS_IN_EVAL:
         return True
     if not isinstance(target, OpOverload):
         return False
@@ -174,8 +181,17 @@ def functional_form(target: OpOverload) -> OpOverload | None:
     if not name.endswith("_") or name.endswith("__"):
         return None
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    overload = getattr(packet, target._overloadname, None) if packet is not None else None
-    return overload if isinstance(overload, OpOverload) else None
+    names = packet.overloads() if packet is not None else []
+    # The overload of the same name first; `pow_.Scalar` is called `pow.Tensor_Scalar`, though.
+    for overload in sorted(names, key=lambda n: n != (target._overloadname or "default")):
+        candidate = getattr(packet, overload)
+        if _argument_types(candidate) == _argument_types(target):
+            return candidate  # type: ignore[no-any-return]
+    return None
+
+
+def _argument_types(target: OpOverload) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in target._schema.arguments]
 
 
 @cache

@@ -216,7 +216,8 @@ class Program:
     def clone(self) -> Program:
         """A copy with its own graph; constants, types and samples are shared, not copied."""
         graph = Graph()
-        output = graph.graph_copy(self.graph, mapping := {})
+        mapping: dict[Node, Node] = {}
+        output = graph.graph_copy(self.graph, mapping)
         new_output = graph.output(output)
         new_output.meta = dict(self.output.meta)
         for old, new in mapping.items():
@@ -269,9 +270,7 @@ class Program:
                 found = getattr(found, part, None)
             if isinstance(found, (Tensor, GraphModule)):
                 if found is not self.constants.get(name):
-                    self.constants[name] = (
-                        found.detach() if isinstance(found, Tensor) else found
-                    )
+                    self.constants[name] = found.detach() if isinstance(found, Tensor) else found
             elif name not in self.constants:
                 raise VerificationError(f"node {node.name} reads {name!r}, which does not exist")
         self.touch()

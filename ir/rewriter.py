@@ -203,7 +203,7 @@ class Rewriter:
         value = self._types.of(target, tuple(args), dict(kwargs or {}))
         with self.program.graph.inserting_before(site.anchor):
             node = self.program.graph.call_function(
-                target,  # type: ignore[arg-type] - fx declares callables, operators are
+                target,  # type: ignore[arg-type]  # fx declares callables, operators are
                 tuple(args),
                 dict(kwargs or {}),
             )

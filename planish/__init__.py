@@ -1,8 +1,8 @@
 """planish: a compiler that optimizes PyTorch models and checks every step.
 
-    result = planish.optimize(model, example_inputs)
-    print(result.report)
-    result.export("model.onnx")
+result = planish.optimize(model, example_inputs)
+print(result.report)
+result.export("model.onnx")
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ def optimize(
         if needs_calibration(resolved):
             held = spool(calibration, program)
         else:
-            remarks.append("calibration was given, but no pass of the recipe needs it; it was not read")
+            remarks.append(
+                "calibration was given, but no pass of the recipe needs it; it was not read"
+            )
     context = PassContext(
         target=target,
         calibration=held,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,7 @@ def advertised(model: nn.Module, seed: int = 0) -> Examples:
     if found is None:
         raise UsageError(
             f"{type(model).__name__} does not say what its inputs look like",
-            hint="pass example_inputs: forward takes "
-            f"{inspect.signature(model.forward)}",
+            hint=f"pass example_inputs: forward takes {inspect.signature(model.forward)}",
         )
     kwargs = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in found.kwargs.items()}
     args = tuple(a.to(device) for a in found.args)
@@ -113,7 +112,7 @@ def _from_transformers(model: nn.Module, generator: torch.Generator) -> Examples
         kwargs, names = _images(config, generator)
     elif main == "input_ids":
         kwargs, names = _tokens(config, accepted, generator)
-    elif main in (dummies := dict(model.dummy_inputs)):
+    elif main in (dummies := dict(cast("Mapping[str, Tensor]", model.dummy_inputs))):
         return Examples((), dummies, origin="transformers dummy_inputs")
     else:
         return None

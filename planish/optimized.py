@@ -112,7 +112,11 @@ class Optimized:
     def _take_over(self, artifact: Artifact, remarks: list[str], seconds: float) -> None:
         runtime = None
         if artifact.runtime is not None:
-            runtime = {**artifact.runtime.to_dict(), "bytes": artifact.bytes, "path": artifact.path.name}
+            runtime = {
+                **artifact.runtime.to_dict(),
+                "bytes": artifact.bytes,
+                "path": artifact.path.name,
+            }
             if artifact.comparison is not None:
                 runtime["max_abs"] = artifact.comparison.max_abs
         self.report = replace(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from planish.ir.compare import Fidelity
 from planish.ir.cost import Cost
-from planish.passes.base import Change, Refusal
+from planish.passes import Change, Refusal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

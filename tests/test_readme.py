@@ -28,11 +28,11 @@ def test_python_blocks_run_in_order(
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {"__name__": "readme"}
     first, second = blocks("python")
-    exec(compile(first, "README.md", "exec"), space)  # noqa: S102 - our own text
+    exec(compile(first, "README.md", "exec"), space)
     assert tuple(space["logits"].shape) == (5, 10)  # type: ignore[attr-defined]
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
     assert "fold-batch-norm" in capsys.readouterr().out
-    exec(compile(second, "README.md", "exec"), space)  # noqa: S102
+    exec(compile(second, "README.md", "exec"), space)
     assert capsys.readouterr().out.count("aten.relu") == 1
 
 

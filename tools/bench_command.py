@@ -106,4 +106,6 @@ def _print(rows: list, threads: int, shapes: dict[str, tuple[int, ...]]) -> None
     console.print(table, highlight=False)
     inputs = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
     plural = "thread" if threads == 1 else "threads"
-    console.print(f"{rows[0][1].rounds} interleaved rounds, {threads} {plural}, {inputs}", highlight=False)
+    console.print(
+        f"{rows[0][1].rounds} interleaved rounds, {threads} {plural}, {inputs}", highlight=False
+    )

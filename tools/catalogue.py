@@ -1,7 +1,7 @@
 """The table of passes in the README, made from the registry.
 
-    python -m planish.tools.catalogue           prints it
-    python -m planish.tools.catalogue README.md writes it between the two markers
+python -m planish.tools.catalogue           prints it
+python -m planish.tools.catalogue README.md writes it between the two markers
 """
 
 from __future__ import annotations

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 import torch
 
 from planish.tools.console import print_json, stages, stdout
 from planish.tools.options import common
+
+if TYPE_CHECKING:
+    from planish.ir.compare import Fidelity
 
 
 def parse_sizes(pairs: tuple[str, ...]) -> dict[str, int]:
@@ -61,7 +66,6 @@ def compare(
     """
     from planish.ir.compare import difference, measure
     from planish.ir.errors import UsageError
-    from planish.report import sqnr_text
     from planish.tools.candidates import make_inputs, open_candidate, paired
 
     with stages(quiet=quiet) as stage:
@@ -83,7 +87,9 @@ def compare(
         a, b = torch.from_numpy(expected_value), torch.from_numpy(value)
         problem = difference((a,), (b,))
         rows.append((name, measure((a,), (b,)) if a.shape == b.shape else None, problem))
-    failed = [name for name, fidelity, problem in rows if _fails(fidelity, problem, min_sqnr, max_abs)]
+    failed = [
+        name for name, fidelity, problem in rows if _fails(fidelity, problem, min_sqnr, max_abs)
+    ]
     if as_json:
         print_json(
             {
@@ -96,28 +102,39 @@ def compare(
             }
         )
     else:
-        console = stdout()
-        for name, fidelity, problem in rows:
-            verdict = "FAILS" if name in failed else "ok"
-            numbers = (
-                f"SQNR {sqnr_text(fidelity)} dB, cosine {fidelity.cosine:.6f}, "
-                f"max abs {fidelity.max_abs:.2e}"
-                if fidelity
-                else "-"
-            )
-            note = f"  ({problem})" if problem else ""
-            console.print(f"{verdict:5} {name}: {numbers}{note}", highlight=False, markup=False)
-        if only:
-            console.print(f"only in one of them: {', '.join(only)}", highlight=False)
+        _print(rows, failed, only)
     return 3 if failed else 0
 
 
-def _fails(fidelity: object, problem: str | None, min_sqnr: float | None, max_abs: float | None) -> bool:
-    from planish.ir.compare import Fidelity
+def _print(
+    rows: list[tuple[str, Fidelity | None, str | None]], failed: list[str], only: list[str]
+) -> None:
+    from planish.report import sqnr_text
 
+    console = stdout()
+    for name, fidelity, problem in rows:
+        verdict = "FAILS" if name in failed else "ok"
+        numbers = (
+            f"SQNR {sqnr_text(fidelity)} dB, cosine {fidelity.cosine:.6f}, "
+            f"max abs {fidelity.max_abs:.2e}"
+            if fidelity
+            else "-"
+        )
+        note = f"  ({problem})" if problem else ""
+        console.print(f"{verdict:5} {name}: {numbers}{note}", highlight=False, markup=False)
+    if only:
+        console.print(f"only in one of them: {', '.join(only)}", highlight=False)
+
+
+def _fails(
+    fidelity: Fidelity | None,
+    problem: str | None,
+    min_sqnr: float | None,
+    max_abs: float | None,
+) -> bool:
     if min_sqnr is None and max_abs is None:
         return problem is not None
-    if not isinstance(fidelity, Fidelity):
+    if fidelity is None:
         return True
     too_noisy = min_sqnr is not None and fidelity.sqnr_db < min_sqnr
     return too_noisy or (max_abs is not None and not fidelity.max_abs <= max_abs)

@@ -45,7 +45,7 @@ def export_plainly(folder: Path, path: Path) -> None:
     from planish.tools.loading import load_model
 
     model = load_model(str(folder)).model
-    examples = advertised(model)  # type: ignore[arg-type] - a folder loads as a module
+    examples = advertised(model)  # type: ignore[arg-type]  # a folder loads as a module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

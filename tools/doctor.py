@@ -66,7 +66,9 @@ def examine() -> dict[str, object]:
         "planish": _version("planish"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "cpu": {flag: flag in flags for flag in _FLAGS},
         "versions": versions,
         "onnxruntime_providers": providers,
@@ -87,7 +89,7 @@ def _broken(module: str) -> bool:
     import subprocess
     import sys
 
-    found = subprocess.run(  # noqa: S603
+    found = subprocess.run(
         [sys.executable, "-c", f"import {module}"], capture_output=True, check=False
     )
     return found.returncode != 0

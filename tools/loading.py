@@ -1,9 +1,9 @@
 """The ``MODEL`` argument of every command: what it may be, and how it becomes a program.
 
-    package.module:callable     called without arguments; returns a module, or
-                                (module, example_inputs), or (module, example_inputs, dynamic_shapes)
-    model.pt2                   a program saved by planish, or by torch.export.save
-    path/to/folder              a local Hugging Face folder (config.json beside its weights)
+package.module:callable     called without arguments; returns a module, or
+                            (module, example_inputs), or (module, example_inputs, dynamic_shapes)
+model.pt2                   a program saved by planish, or by torch.export.save
+path/to/folder              a local Hugging Face folder (config.json beside its weights)
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ from planish.tools.options import (
     help="Called without arguments; returns an iterable of inputs.",
 )
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Program after every pass.")
-@click.option("--report", type=click.Path(path_type=Path), help="Also write the report (*.json, *.txt).")
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Also write the report (*.json, *.txt)."
+)
 @click.option("--all-passes", is_flag=True, help="Show passes that found nothing to do.")
 @common
 def optimize(

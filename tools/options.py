@@ -32,9 +32,7 @@ def common(function: F) -> F:
 
 model_argument = click.argument("model", metavar="MODEL")
 
-target_option = click.option(
-    "--target", default=None, help="onnx (portable) or onnxruntime-cpu."
-)
+target_option = click.option("--target", default=None, help="onnx (portable) or onnxruntime-cpu.")
 
 verify_option = click.option(
     "--verify",
@@ -68,7 +66,7 @@ def optimize_loaded(
         dynamic_shapes=loaded.dynamic_shapes,
         recipe=recipe,
         target=target,
-        verify=verify,  # type: ignore[arg-type] - click has checked the choice
+        verify=verify,  # type: ignore[arg-type]  # click has checked the choice
         seed=seed,
         instruments=(PassProgress(stages),),
         **(extra or {}),

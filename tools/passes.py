@@ -41,7 +41,7 @@ def passes(name: str | None, as_json: bool) -> None:
     for title in ("pass", "contract", "options", "what it does"):
         shown.add_column(title, overflow="fold")
     for facts in table:
-        options = ", ".join(option["name"] for option in facts["options"])  # type: ignore[index, attr-defined]
+        options = ", ".join(option["name"] for option in facts["options"])  # type: ignore[attr-defined]
         shown.add_row(str(facts["name"]), str(facts["contract"]), options, str(facts["summary"]))
     stdout().print(shown, highlight=False)
 

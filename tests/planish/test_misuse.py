@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +213,9 @@ def test_one_clear_error_and_the_model_untouched(
 
 
 @pytest.fixture(scope="module")
-def result() -> Iterator[planish.Optimized]:
+def result() -> planish.Optimized:
     torch.manual_seed(0)
-    yield planish.optimize(Net().eval(), IMAGE)
+    return planish.optimize(Net().eval(), IMAGE)
 
 
 def test_refuses_a_folder_that_is_not_there(result: planish.Optimized, tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def test_optimize_writes_the_file_and_prints_the_table(planish_, tmp_path: Path)
     assert "fold-batch-norm" in out
     assert f"wrote {out_file}" in out.replace("\n", "")
     assert "capturing ..." in err
-    names = [entry["name"] for entry in json.loads(report.read_text())["passes"] if entry["changes"]]
+    names = [
+        entry["name"] for entry in json.loads(report.read_text())["passes"] if entry["changes"]
+    ]
     assert "fold-batch-norm" in names
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.json", "net.onnx"]
 

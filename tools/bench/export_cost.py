@@ -14,9 +14,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
+from torch import nn
 
 _SIDES = ("plain", "planish")
 
@@ -41,7 +44,13 @@ print(json.dumps({"seconds": seconds, "peak_mb": peak, "stages": stages}))
 """
 
 
-def export_plain(model, args, kwargs, dynamic_shapes, path):  # type: ignore[no-untyped-def]
+def export_plain(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,  # noqa: ANN401 - as torch.export takes it
+    path: str,
+) -> dict[str, float]:
     """``torch.onnx.export`` as anybody calls it."""
     import torch
 
@@ -58,7 +67,13 @@ def export_plain(model, args, kwargs, dynamic_shapes, path):  # type: ignore[no-
     return {}
 
 
-def export_planish(model, args, kwargs, dynamic_shapes, path):  # type: ignore[no-untyped-def]
+def export_planish(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,  # noqa: ANN401 - as torch.export takes it
+    path: str,
+) -> dict[str, float]:
     """Capture, the exact recipe with verification, and a verified file."""
     import planish
 
@@ -94,7 +109,8 @@ def main(model: str, rounds: int, output: Path | None) -> None:
             result = measure_once(side, model)
             results[side].append(result)  # type: ignore[arg-type]
             print(
-                f"{side:8} {result['seconds']:6.2f} s  {result['peak_mb']:7.0f} MB  {result['stages']}"
+                f"{side:8} {result['seconds']:6.2f} s  {result['peak_mb']:7.0f} MB  "
+                f"{result['stages']}"
             )
     for key, unit in (("seconds", "s"), ("peak_mb", "MB")):
         medians = {s: statistics.median(r[key] for r in results[s]) for s in _SIDES}

@@ -157,7 +157,7 @@ def measure(kind: str, nodes: int, recipe: Recipe, rounds: int, before: Point | 
     seconds, run = best
     passes: Counter[str] = Counter()
     for record in run.records:
-        passes[record.name] += record.seconds  # type: ignore[assignment] - a float counts as well
+        passes[record.name] += record.seconds  # type: ignore[assignment]  # a float counts as well
     count = len(program.graph.nodes)
     exponent = None
     if before is not None:
