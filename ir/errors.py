@@ -89,7 +89,14 @@ class ExportError(PlanishError):
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n\s*(?P<code>[^\n]*)'
 )
-_NOT_USER = ("/torch/nn/modules/module.py", "/torch/_dynamo/", "/torch/fx/", "/torch/export/")
+_NOT_USER = (
+    "/torch/nn/",
+    "/torch/_tensor.py",
+    "/torch/functional.py",
+    "/torch/_dynamo/",
+    "/torch/fx/",
+    "/torch/export/",
+)
 
 
 def source_line(node: Node) -> str | None:
