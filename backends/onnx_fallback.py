@@ -78,14 +78,25 @@ def translate_with_library(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     finally:
         _core.current_tracer = previous
     for onnx_node in recorder.nodes:
-        for position, value in enumerate(onnx_node.inputs):
-            if value in stand_ins:
-                onnx_node.replace_input_with(position, stand_ins[value])
+        _replace_inputs(onnx_node, stand_ins)
         e.append(onnx_node)
     e.functions.update(recorder.functions)
     if isinstance(outputs, (list, tuple)):
         return [stand_ins.get(o, o) for o in outputs]
     return stand_ins.get(outputs, outputs)
+
+
+def _replace_inputs(onnx_node: ir.Node, stand_ins: dict[Any, ir.Value]) -> None:
+    """Let a node read the real values, and the bodies of its loops too."""
+    import onnx_ir as ir
+
+    for position, value in enumerate(onnx_node.inputs):
+        if value in stand_ins:
+            onnx_node.replace_input_with(position, stand_ins[value])
+    for attribute in onnx_node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                _replace_inputs(inner, stand_ins)
 
 
 def _promoted(e: Emitter, node: Node) -> list[Any]:

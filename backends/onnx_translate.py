@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from planish.backends.onnx_attention import ATTENTION
+from planish.backends.onnx_bags import BAGS
 from planish.backends.onnx_branch import BRANCHES
 from planish.backends.onnx_graph import Emitter, Style, Translator
 from planish.backends.onnx_index import INDEXING
@@ -31,6 +32,7 @@ TABLE: dict[Any, Translator] = {
     **ATTENTION,
     **ROTARY,
     **BRANCHES,
+    **BAGS,
 }
 
 _EAGER_NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
@@ -43,11 +45,38 @@ def emit(program: Program, opset: int, style: Style) -> Emitter:
         UnsupportedError: an operator has no ONNX form; names the node and its source line.
     """
     program = _ready(program, opset)
-    e = Emitter(program, opset, style)
-    signature = program.signature
-    e.reserve([*signature.tensor_names, *signature.output_names])
-    emit_nodes(e)
-    return e
+    while True:
+        e = Emitter(program, opset, style)
+        e.reserve([*program.signature.tensor_names, *program.signature.output_names])
+        try:
+            emit_nodes(e)
+            return e
+        except _UntranslatableError as found:
+            # Known in general, but not with these arguments: start again with it taken apart.
+            program = _decomposed(program, found.node, opset)
+
+
+class _UntranslatableError(Exception):
+    """A translation declined, and torch's library has none."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.name)
+        self.node = node
+
+
+def _decomposed(program: Program, node: Node, opset: int) -> Program:
+    from planish.backends.onnx_fallback import decompose, in_library, unsupported
+
+    if node.graph is not program.graph:
+        raise unsupported(node, "inside a branch, it cannot be taken apart")
+    copy = program.clone()
+    twin = next(n for n in copy.graph.nodes if n.name == node.name)
+    decompose(
+        copy,
+        [twin],
+        lambda t: t is not node.target and (_known(t) or in_library(t, opset)),
+    )
+    return copy
 
 
 def emit_nodes(e: Emitter) -> None:
@@ -61,7 +90,7 @@ def emit_nodes(e: Emitter) -> None:
             tensor = e.known(node)
             if tensor is not None:
                 e.hold(node, e.tensor(tensor, str(node.target)))
-        elif node.op == "call_function":
+        elif node.op == "call_function" and node.users:
             emit_operator(e, node)
 
 
@@ -74,8 +103,10 @@ def emit_operator(e: Emitter, node: Node) -> None:
     translator = TABLE.get(node.target)
     result = translator(e, node) if translator is not None else None
     if result is None:
-        from planish.backends.onnx_fallback import translate_with_library
+        from planish.backends.onnx_fallback import in_library, translate_with_library
 
+        if translator is not None and not in_library(node.target, e.opset):
+            raise _UntranslatableError(node)
         result = translate_with_library(e, node)
     e.hold(node, result)
 
