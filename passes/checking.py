@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -155,13 +156,16 @@ class CompareEach(Instrument):
                 answer = run_seeded(program, sample, self.seed)
                 name = "the sample inputs" if number == 0 else f"sample {number}"
                 probes.append(_Probe(name, sample, answer, answer, measured=True))
-            second = second_reference(program, self.seed)
+            with _seeded(program, self.seed):
+                second = second_reference(program, self.seed)
             self._rejected = second.rejected
             if second.inputs is not None:
                 sizes = ", ".join(f"{k}={v}" for k, v in (second.sizes or {}).items())
                 name = f"the second probe ({sizes})" if sizes else "the second probe"
-                # Run again under the seed that all later programs run under.
-                answer = run_seeded(program, second.inputs, self.seed, known=second.outputs)
+                answer = second.outputs
+                if second.rejected:
+                    # Rejected attempts drew random numbers before this one, if it draws any.
+                    answer = run_seeded(program, second.inputs, self.seed)
                 probes.append(_Probe(name, second.inputs, answer, answer, measured=False))
             self._probes = probes
         return self._probes
@@ -211,30 +215,23 @@ def worst(found: Sequence[Fidelity]) -> Fidelity | None:
     )
 
 
-def run_seeded(
-    program: Program,
-    inputs: Sequence[Any],
-    seed: int,
-    known: tuple[Any, ...] | None = None,
-) -> tuple[Any, ...]:
-    """Run a program; one that draws random numbers always draws the same.
-
-    Args:
-        program: what to run.
-        inputs: flat inputs.
-        seed: of the program's own random operators.
-        known: its outputs, returned as they are if the program draws none.
-    """
-    if not _draws(program):
-        return run(program, inputs) if known is None else known
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def run_seeded(program: Program, inputs: Sequence[Any], seed: int) -> tuple[Any, ...]:
+    """Run a program; one that draws random numbers always draws the same, and nobody notices."""
+    with _seeded(program, seed):
         return run(program, inputs)
 
 
-def _draws(program: Program) -> bool:
+@contextmanager
+def _seeded(program: Program, seed: int) -> Iterator[None]:
     tag = torch.Tag.nondeterministic_seeded
-    return any(isinstance(n.target, OpOverload) and tag in n.target.tags for n in program.operators)
+    if not any(
+        isinstance(n.target, OpOverload) and tag in n.target.tags for n in program.operators
+    ):
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _unusable(reference: tuple[Any, ...], answer: tuple[Any, ...]) -> str | None:
