@@ -143,10 +143,11 @@ class Spool:
         self.close()
 
     def _write(self, inputs: tuple[Any, ...]) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="planish-calibration-"))
+            self._folder = _temporary()
             self._finalizer = weakref.finalize(
                 self, shutil.rmtree, self._folder, ignore_errors=True
             )
@@ -160,13 +161,23 @@ class Spool:
         }
         try:
             save_file(tensors, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the second wraps most of the first
             raise UsageError(
                 f"calibration inputs cannot be kept on disk: {error}",
                 where=str(path),
                 hint="make room there, set TMPDIR, or pass fewer batches",
             ) from error
         self._disk.append((path, plain))
+
+
+def _temporary() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="planish-calibration-"))
+    except OSError as error:
+        raise UsageError(
+            f"calibration inputs cannot be kept on disk: {error}",
+            hint="set TMPDIR to a folder that can be written",
+        ) from error
 
 
 def _read(path: Path, plain: Mapping[int, Any]) -> tuple[Any, ...]:
