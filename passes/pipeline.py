@@ -250,7 +250,11 @@ def _check_result(result: object, before: Program) -> None:
         )
     if not isinstance(result.program, Program):
         raise PassError(f"its result holds a {type(result.program).__name__}, not a program")
-    for kind, values in ((Change, result.changes), (Refusal, result.refusals)):
+    claims: tuple[tuple[type, object], ...] = (
+        (Change, result.changes),
+        (Refusal, result.refusals),
+    )
+    for kind, values in claims:
         if not isinstance(values, tuple) or not all(isinstance(v, kind) for v in values):
             raise PassError(f"its result holds something else than a tuple of {kind.__name__}s")
     after = result.program.signature

@@ -259,7 +259,7 @@ def _instances(passes: object) -> tuple[Pass, ...]:
             is_class = isinstance(item, type) and issubclass(item, Pass)
             raise RecipeError(
                 f"entry {position} of the recipe is {item!r}, which is no pass",
-                hint=f"make an instance: {item.__name__}()"  # type: ignore[attr-defined]
+                hint=f"make an instance: {item.__name__}()"
                 if is_class
                 else "a list holds instances of passes; names go into a string, with commas",
             )

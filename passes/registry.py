@@ -133,7 +133,7 @@ def name_of(cls: type[Pass]) -> str:
 
 
 def _location(name: str) -> str:
-    claims = [*([REGISTRY[name]] if name in REGISTRY else ())]
+    claims: list[str] = [REGISTRY[name]] if name in REGISTRY else []
     claims += [f"{entry.module}:{entry.attr}" for entry in _foreign().get(name, ())]
     if not claims:
         raise RecipeError(

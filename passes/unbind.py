@@ -59,7 +59,8 @@ def unbind(value: object, hint: Any, where: str, *, defaults: bool = False) -> T
 def entries_of(value: Any, where: str, *, defaults: bool = False) -> Entries:  # noqa: ANN401
     """The options of a frozen dataclass as a tree; those at their default only on demand."""
     entries: list[tuple[str, Tree]] = []
-    for option in options_of(type(value)):
+    cls: type = type(value)
+    for option in options_of(cls):
         place = f"{where}.{option.name}"
         tree = unbind(getattr(value, option.name), option.hint, place, defaults=defaults)
         if not defaults and not option.required:
@@ -79,7 +80,7 @@ def _unbind_scalar(value: object, hint: Any, where: str) -> Scalar:  # noqa: ANN
     if hint is int and number and isinstance(value, int):
         return Scalar(str(int(value)))
     if hint is float and number:
-        real = float(value)  # type: ignore[arg-type] - a number, see above
+        real = float(value)  # type: ignore[arg-type]  # a number, see above
         if math.isnan(real):
             raise RecipeError(
                 "NaN is no option", where=where, hint="it equals nothing, itself included"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import yaml
 
@@ -54,7 +55,7 @@ def _check_events(text: str) -> None:
             raise _error(f"the YAML is nested more than {DEEPEST} deep", event.start_mark)
 
 
-def _error(what: str, mark: yaml.Mark | None) -> RecipeError:
+def _error(what: str, mark: Any) -> RecipeError:  # noqa: ANN401 - PyYAML has two kinds of marks
     where = f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else None
     return RecipeError(what, where=where)
 

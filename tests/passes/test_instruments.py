@@ -142,7 +142,12 @@ def test_every_changed_program_runs_once_per_probe(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Program] = []
-    monkeypatch.setattr(checking, "run", lambda p, i: seen.append(p) or execute(p, i))
+
+    def counted(p: Program, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(p)
+        return execute(p, inputs)
+
+    monkeypatch.setattr(checking, "run", counted)
     passes = (Everything(), SwapActivation(), Everything(), SwapActivation(), rewriting(halve))
     with pytest.raises(VerificationError):
         run(program, *passes, instruments=[CompareEach()])

@@ -192,6 +192,5 @@ def calling(
         "behavior": staticmethod(behavior),
         "__module__": __name__,
     }
-    cls = dataclass(frozen=True, kw_only=True)(type("Calls", (Calls,), fields))
-    found: Pass = cls()
-    return found
+    cls: type[Pass] = type("Calls", (Calls,), fields)
+    return dataclass(frozen=True, kw_only=True)(cls)()

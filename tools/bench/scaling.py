@@ -44,7 +44,8 @@ class MlpBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, width] to [B, width]."""
         hidden = torch.relu(self.up(self.norm(x))).contiguous()
-        return x + self.drop(self.down(hidden)) * 0.5
+        found: Tensor = x + self.drop(self.down(hidden)) * 0.5
+        return found
 
 
 class ConvBlock(nn.Module):
@@ -76,7 +77,8 @@ class AttentionBlock(nn.Module):
         """[B, 4, width] to the same."""
         scores = self.query(x) @ self.key(x).transpose(1, 2) / 8**0.5
         y = x + scores.softmax(-1) @ self.value(x)
-        return self.gain * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        found: Tensor = self.gain * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return found
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
