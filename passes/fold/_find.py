@@ -127,8 +127,8 @@ def layers_after(node: Node, axis: Axis, program: Program) -> list[Layer] | str:
     """
     found: list[Layer] = []
     others: list[str] = []
-    for reader, operand, at in readers(node, axis):
-        layer = _consumer(reader, operand, at, program)
+    for reader, _, at in readers(node, axis):
+        layer = _consumer(reader, at, program)
         if isinstance(layer, Layer):
             found.append(layer)
         else:
@@ -139,11 +139,12 @@ def layers_after(node: Node, axis: Axis, program: Program) -> list[Layer] | str:
     return found or Elsewhere("nothing reads it")
 
 
-def _consumer(reader: Node, operand: Node, at: Axis, program: Program) -> Layer | str:
+def _consumer(reader: Node, at: Axis, program: Program) -> Layer | str:
+    # What it reads is its operand: the other arguments of a layer are constants.
     layer = read_layer(reader, program)
     if isinstance(layer, str):
         return layer
-    if layer is None or layer.kind == NORM or layer.x is not operand:
+    if layer is None or layer.kind == NORM:
         reason = f"it is read by {describe(reader)}, which is no {LINEAR} or {CONVOLUTION}"
         return Elsewhere(reason)
     if at == -1:

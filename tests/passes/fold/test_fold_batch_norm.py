@@ -136,6 +136,12 @@ def test_folds_a_pure_scale_into_the_padded_convolution_after() -> None:
     check(nn.Sequential(norm, convolution(4, 6, padding=1)), x(2, 4, 5, 5), FOLD, changes=1)
 
 
+@pytest.mark.parametrize("options", [{}, {"padding": "valid"}])
+def test_folds_into_the_convolution_after_that_does_not_pad(options: dict[str, Any]) -> None:
+    model = nn.Sequential(batch_norm(4), convolution(4, 6, **options))
+    check(model, x(2, 4, 5, 5), FOLD, changes=1)
+
+
 def test_folds_decomposed_programs() -> None:
     model = nn.Sequential(convolution(4, 6, groups=2, stride=2), batch_norm(6)).eval()
     core_aten = torch.export.export(model, x(2, 4, 7, 7)).run_decompositions()

@@ -130,10 +130,10 @@ def test_folds_into_the_norm_before(norm: nn.Module) -> None:
     check(Between(lambda y: 3 * y, first=norm), x(2, 3, 4), FOLD, changes=1)
 
 
-def test_folds_a_constant_of_one_element() -> None:
+def test_folds_a_constant_of_one_element_on_either_side() -> None:
     module: Any = Between(lambda y: y, first=nn.Linear(3, 5))
-    module.f = lambda y: y * module.factor
-    check(module, x(2, 3), FOLD, changes=1)
+    module.f = lambda y: (module.factor * (y * module.factor)) / module.factor
+    check(module, x(2, 3), FOLD, changes=3)
 
 
 # Refuses -------------------------------------------------------------------------------------

@@ -277,6 +277,26 @@ def test_refuses_a_batch_norm_after_that_measures() -> None:
     refuses(module, x(2, 4, 3, 3), FOLD, because="normalizes with the statistics of the batch")
 
 
+def test_refuses_a_batch_norm_after_over_another_axis() -> None:
+    module = Between(lambda y, s, t: y.relu() * s, 4, last=batch_norm(3))
+    refuses(module, x(2, 3, 4, 4), FOLD, because="acts on axis 3 of the batch norm after it")
+
+
+def test_refuses_two_batch_norms_after() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.s = nn.Parameter(torch.randn(4, 1, 1))
+            self.a = batch_norm(4)
+            self.b = batch_norm(4, seed=1)
+
+        def forward(self, x: Tensor) -> Any:
+            y = x.relu() * self.s
+            return self.a(y) - self.b(y)
+
+    refuses(Twice(), x(2, 4, 3, 3), FOLD, because="it has 2 users")
+
+
 def test_leaves_tables_and_numbers_elsewhere_alone() -> None:
     module = Between(lambda y, s, t: (y + t + 1e-5).relu(), 4, 5, first=nn.Linear(3, 5))
     result = unchanged(module, x(2, 4, 3), FOLD)
