@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_file import onnx_dtype
-from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.ops import argument, is_op
 
 if TYPE_CHECKING:
@@ -99,12 +100,14 @@ def _as_node(value: Any) -> Node:  # noqa: ANN401
 
 
 def _bias_of_mask(e: Emitter, mask: Node, dtype: torch.dtype) -> tuple[View, View | None]:
-    """The mask as finite numbers to add, and which queries have any key at all (1 or 0).
+    """The mask as numbers to add, and which queries have any key at all (1 or 0).
 
-    Both are computed once however many layers share the mask. Finite, because a row that is
-    minus infinity throughout gives NaN.
+    Both are computed once however many layers share the mask. A row that is minus infinity
+    throughout is made finite, because it gives NaN. Elsewhere minus infinity stays what it is:
+    among keys at the lowest finite number, which torch weighs alike, one at minus infinity
+    weighs nothing.
     """
-    return e.cached(("mask", mask, dtype), lambda: _make_bias(e, mask, dtype))  # type: ignore[no-any-return]
+    return e.cached(("mask", mask, dtype), lambda: _make_bias(e, mask, dtype))
 
 
 def _make_bias(e: Emitter, mask: Node, dtype: torch.dtype) -> tuple[View, View | None]:
@@ -112,23 +115,22 @@ def _make_bias(e: Emitter, mask: Node, dtype: torch.dtype) -> tuple[View, View |
     smallest = torch.finfo(dtype).min
     known = e.known(mask)
     if known is not None and not _has_dead_rows(known):
-        bias = _float_mask(known, dtype).clamp(min=smallest)
-        return View(e.tensor(bias, f"{mask.target}.bias"), dims, dims), None
+        fixed = e.tensor(_float_mask(known, dtype), f"{mask.target}.bias")
+        return View(fixed, dims, dims), None
     lowest, value = e.constant(smallest, dtype), e.value(mask)
     if mask.meta["val"].dtype is torch.bool:
         bias = e.op("Where", value, e.constant(0.0, dtype), lowest)
-        seen = e.cast(value, torch.bool, dtype)
+        alive = _reduce_max(e, e.cast(value, torch.bool, dtype))
     else:
-        bias = e.op("Max", value, lowest)
-        infinite = e.constant(float("-inf"), dtype)
-        seen = e.op("Cast", e.op("Greater", value, infinite), to=onnx_dtype(dtype))
+        open_ = e.op("Greater", _reduce_max(e, value), e.constant(float("-inf"), dtype))
+        bias = e.op("Where", open_, value, lowest)
+        alive = e.op("Cast", open_, to=onnx_dtype(dtype))
     rows = (*dims[:-1], 1)
-    alive = _reduce_max(e, seen)
     return View(bias, dims, dims), View(alive, rows, rows)
 
 
 def _reduce_max(e: Emitter, value: ir.Value) -> ir.Value:
-    return e.op("ReduceMax", value, e.constant([-1]), keepdims=1)  # type: ignore[no-any-return]
+    return e.op("ReduceMax", value, e.constant([-1]), keepdims=1)
 
 
 def _has_dead_rows(mask: torch.Tensor) -> bool:
@@ -151,7 +153,7 @@ def _causal_bias(e: Emitter, q: Dims, k: Dims, dtype: torch.dtype) -> View:
         full = e.op("Expand", lowest, e.sizes(dims))
         return View(e.op("Trilu", full, e.constant(1), upper=1), dims, dims)
 
-    return e.cached(("causal", dims, dtype), make)  # type: ignore[no-any-return]
+    return e.cached(("causal", dims, dtype), make)
 
 
 def _silence(e: Emitter, result: View, alive: View) -> View:
@@ -176,7 +178,7 @@ def _as_operator(
     scale: float,
     causal: bool,
 ) -> View:
-    query, key, value = operands
+    query, key, _ = operands
     q, k = dims_of(query.meta["val"]), dims_of(key.meta["val"])
     out = dims_of(node.meta["val"])
     spread = None if bias is None else _spread(e, bias, q, k)
@@ -184,7 +186,12 @@ def _as_operator(
     attributes: dict[str, Any] = {"scale": scale, "is_causal": int(causal)}
     if all(p is not None for p in packed):
         result = e.op(
-            "Attention", *packed, spread, q_num_heads=int(q[1]), kv_num_heads=int(k[1]), **attributes
+            "Attention",
+            *packed,
+            spread,
+            q_num_heads=int(q[1]),
+            kv_num_heads=int(k[1]),
+            **attributes,
         )
         heads_last: Dims = (out[0], out[2], out[1], out[3])
         base_dims: Dims = (out[0], out[2], int(out[1]) * out[3])
@@ -212,9 +219,9 @@ def _spread(e: Emitter, bias: View, q: Dims, k: Dims) -> ir.Value:
     def make() -> ir.Value:
         head = e.constant([1, 1])
         goal = e.op("Concat", head, e.sizes((q[2], k[2])), axis=0)
-        return e.op("Expand", bias.base, goal)  # type: ignore[no-any-return]
+        return e.op("Expand", bias.base, goal)
 
-    return e.cached(("spread", bias.base, q[2], k[2]), make)  # type: ignore[no-any-return]
+    return e.cached(("spread", bias.base, q[2], k[2]), make)
 
 
 def _as_products(
@@ -229,8 +236,8 @@ def _as_products(
     q, k = dims_of(query.meta["val"]), dims_of(key.meta["val"])
     key_view, value_view = e.view(key), e.view(value)
     if q[1] != k[1]:
-        key_view = _repeat_heads(e, key_view, int(q[1]) // int(k[1]))  # type: ignore[arg-type]
-        value_view = _repeat_heads(e, value_view, int(q[1]) // int(k[1]))  # type: ignore[arg-type]
+        key_view = _repeat_heads(e, key_view, int(q[1]) // int(k[1]))
+        value_view = _repeat_heads(e, value_view, int(q[1]) // int(k[1]))
     order = (0, 1, 3, 2)
     perm = order if key_view.perm is None else tuple(key_view.perm[p] for p in order)
     across = e.materialize(View(key_view.base, key_view.base_dims, key_view.dims, perm))
@@ -249,7 +256,7 @@ def _repeat_heads(e: Emitter, view: View, times: int) -> View:
     base = e.materialize(view)
     wide = e.materialize(View(base, view.shape, (b, h, 1, s, d)))
     goal = e.op("Expand", wide, e.constant([1, 1, times, 1, 1]))
-    return View(goal, (b, h, times, s, d), (b, int(h) * times, s, d))  # type: ignore[arg-type]
+    return View(goal, (b, h, times, s, d), (b, int(h) * times, s, d))
 
 
 ATTENTION: Table = {aten.scaled_dot_product_attention.default: _attention}
