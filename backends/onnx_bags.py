@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_fallback import unsupported
-from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.ops import argument
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _has(node: Node, name: str) -> bool:
 
 
 def _membership(e: Emitter, node: Node, count: Any) -> ir.Value:  # noqa: ANN401
-    """bool [bags, indices]: which bag each index lies in."""
+    """Bool [bags, indices]: which bag each index lies in."""
     offsets = argument(node, "offsets")
     value = e.operand(offsets, torch.int64)
     bags = dims_of(offsets.meta["val"])
@@ -74,9 +75,7 @@ def _membership(e: Emitter, node: Node, count: Any) -> ir.Value:  # noqa: ANN401
     starts, ends = (e.materialize(View(v, bags, column)) for v in (starts, ends))
     last = e.op("Squeeze", e.size(count), e.constant([0]))
     places = e.op("Range", e.constant(0), last, e.constant(1))
-    return e.op(  # type: ignore[no-any-return]
-        "And", e.op("GreaterOrEqual", places, starts), e.op("Less", places, ends)
-    )
+    return e.op("And", e.op("GreaterOrEqual", places, starts), e.op("Less", places, ends))
 
 
 BAGS: Table = {

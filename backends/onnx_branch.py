@@ -1,4 +1,6 @@
-"""ONNX form of ``torch.cond``: If, with one subgraph per branch.
+"""ONNX forms of operators that hold graphs of their own.
+
+``torch.cond`` becomes If, with one subgraph per branch.
 
 Both branches read the values around them directly, as ONNX allows, so the operands that
 torch hands in need no inputs of their own.
@@ -14,7 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from planish.backends.onnx_dims import dims_of
-from planish.backends.onnx_graph import Emitter, Table, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, dtype_of
 from planish.ir.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -29,10 +32,30 @@ def _cond(e: Emitter, node: Node) -> list[Any]:
         condition = e.op("Squeeze", condition)
     bodies = [_body(e, node, branch, tuple(operands)) for branch in (if_true, if_false)]  # type: ignore[arg-type]
     count = len(bodies[0].outputs)
-    outputs = e.op(
-        "If", condition, outputs=count, then_branch=bodies[0], else_branch=bodies[1]
-    )
-    return [outputs] if count == 1 else list(outputs)
+    outputs = e.ops(count, "If", condition, then_branch=bodies[0], else_branch=bodies[1])
+    return outputs
+
+
+def _without_autocast(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+    """A block under ``torch.autocast(enabled=False)`` is the block itself."""
+    _, _, enabled, _, body, *operands = node.args
+    if enabled:
+        raise UnsupportedError(
+            "a block under torch.autocast has no ONNX form",
+            where=node,
+            hint="convert the tensors inside the block yourself, or turn autocast off",
+        )
+    assert isinstance(body, Node)
+    outputs = _emit_branch(e, _graph_of(e, node, body), tuple(operands))
+    values = [e.view(o) if isinstance(o, Node) else o for o in outputs]
+    return values if isinstance(node.meta.get("val"), (list, tuple)) else values[0]
+
+
+def _graph_of(e: Emitter, node: Node, body: Node) -> GraphModule:
+    module = e.program.constants.get(str(body.target))
+    if not isinstance(module, GraphModule):
+        raise UnsupportedError("the body of this operator is not a graph", where=node)
+    return module
 
 
 def _body(e: Emitter, node: Node, branch: Any, operands: tuple[Any, ...]) -> ir.Graph:  # noqa: ANN401
@@ -40,18 +63,17 @@ def _body(e: Emitter, node: Node, branch: Any, operands: tuple[Any, ...]) -> ir.
     from planish.backends.onnx_build import alive
 
     assert isinstance(branch, Node)
-    module = e.program.constants.get(str(branch.target))
-    if not isinstance(module, GraphModule):
-        raise UnsupportedError("the branch of torch.cond is not a graph", where=node)
+    module = _graph_of(e, node, branch)
     with e.scope() as nodes:
-        outputs = _emit_branch(e, module, operands)
+        outputs = [_own(e, result) for result in _emit_branch(e, module, operands)]
     kept, _ = alive(nodes, outputs)
     import onnx_ir as ir
 
     return ir.Graph((), outputs, nodes=kept, name=e.unique(f"{node.name}.{branch.target}"))
 
 
-def _emit_branch(e: Emitter, module: GraphModule, operands: tuple[Any, ...]) -> list[ir.Value]:
+def _emit_branch(e: Emitter, module: GraphModule, operands: tuple[Any, ...]) -> list[Any]:
+    """Emit a body in place; returns its results, nodes of its own graph."""
     from planish.backends.onnx_translate import emit_operator
 
     rest = iter(operands)
@@ -70,7 +92,8 @@ def _emit_branch(e: Emitter, module: GraphModule, operands: tuple[Any, ...]) -> 
         elif inner.op == "call_function":
             emit_operator(e, inner)
         else:
-            return [_own(e, result) for result in inner.args[0]]
+            results = inner.args[0]
+            return list(results) if isinstance(results, (list, tuple)) else [results]
     raise AssertionError("a graph always ends in its output node")
 
 
@@ -84,4 +107,7 @@ def _own(e: Emitter, result: Any) -> ir.Value:  # noqa: ANN401
     return value
 
 
-BRANCHES: Table = {torch.ops.higher_order.cond: _cond}
+BRANCHES: Table = {
+    torch.ops.higher_order.cond: _cond,
+    torch.ops.higher_order.wrap_with_autocast: _without_autocast,
+}

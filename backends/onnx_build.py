@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from planish.backends.onnx_dims import dim_text, dims_of
 from planish.backends.onnx_file import Initializer, onnx_dtype
-from planish.backends.onnx_graph import Emitter, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import dtype_of
 from planish.ir.errors import ExportError
 
 if TYPE_CHECKING:

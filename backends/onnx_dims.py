@@ -7,7 +7,7 @@ the expression says enough: a reshape to ``[batch, sequence, 12, 32]`` copies or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -16,8 +16,8 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, ModularIndexin
 from torch.utils._sympy.functions import Max as TorchMax
 from torch.utils._sympy.functions import Min as TorchMin
 
-Dim = int | sympy.Expr
-Dims = tuple[Dim, ...]
+Dim: TypeAlias = "int | sympy.Expr"
+Dims: TypeAlias = tuple[Dim, ...]
 
 
 class NoExpressionError(Exception):
@@ -60,7 +60,7 @@ def reshape_plan(source: Dims, goal: Dims) -> list[int] | None:
     """
     symbolic = [i for i, dim in enumerate(goal) if not isinstance(dim, int)]
     if any(dim == 0 for dim in goal):
-        return list(goal) if not symbolic else None  # type: ignore[arg-type]
+        return list(goal) if not symbolic else None
     if len(symbolic) <= 1:
         return [dim if isinstance(dim, int) else -1 for dim in goal]
     plan: list[int] = []

@@ -17,7 +17,7 @@ from planish.ir.program import Program
 if TYPE_CHECKING:
     import onnx
 
-    from planish.backends.onnx_graph import Style
+    from planish.backends.onnx_view import Style
 
 
 class OnnxBackend(Backend):
@@ -98,7 +98,7 @@ class PortableOnnx(OnnxBackend):
         self, program: Program, opset: int, options: ExportOptions
     ) -> tuple[Style, Mapping[str, str]]:
         """Nothing to choose: what every runtime has, in the form that hurts none."""
-        from planish.backends.onnx_graph import Style
+        from planish.backends.onnx_view import Style
 
         return Style(), {}
 

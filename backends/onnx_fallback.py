@@ -20,13 +20,17 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from planish.backends.onnx_file import onnx_dtype
-from planish.backends.onnx_graph import Emitter, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import dtype_of
 from planish.ir.errors import UnsupportedError
 from planish.ir.ops import op_name
 from planish.ir.program import Program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+# On a node that came from a decomposition: the operator the user wrote.
+_ORIGIN = "decomposed_from"
 
 
 @cache
@@ -62,7 +66,7 @@ def translate_with_library(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if function is None:
         raise unsupported(node, reason)
     opset = onnxscript.values.Opset("", e.opset)
-    recorder = _building.OpRecorder(opset, {})
+    recorder: Any = _building.OpRecorder(opset, {})  # type: ignore[abstract]
     stand_ins: dict[Any, ir.Value] = {}
     args = [_argument(e, a, opset, stand_ins) for a in _promoted(e, node)]
     kwargs = {k: _argument(e, a, opset, stand_ins) for k, a in node.kwargs.items()}
@@ -126,9 +130,11 @@ def _argument(e: Emitter, argument: Any, opset: Any, stand_ins: dict[Any, Any]) 
             return [_stand_in(e.materialize(v), opset, stand_ins) for v in held]
         argument = e.value(argument)
     if isinstance(argument, ir.Value):
-        return _stand_in(argument, opset, stand_ins) if not isinstance(
-            argument, _tensors.SymbolicTensor
-        ) else argument
+        return (
+            _stand_in(argument, opset, stand_ins)
+            if not isinstance(argument, _tensors.SymbolicTensor)
+            else argument
+        )
     if isinstance(argument, (list, tuple)):
         return [_argument(e, a, opset, stand_ins) for a in argument]
     if isinstance(argument, torch.dtype):
@@ -148,8 +154,9 @@ def _stand_in(value: ir.Value, opset: Any, stand_ins: dict[Any, Any]) -> Any:  #
 
 def unsupported(node: Node, reason: str) -> UnsupportedError:
     """The error for an operator that cannot be written to ONNX."""
+    name = node.meta.get(_ORIGIN, op_name(node.target))
     return UnsupportedError(
-        f"operator {op_name(node.target)} cannot be written to ONNX: {reason}",
+        f"operator {name} cannot be written to ONNX: {reason}",
         where=node,
         hint="rewrite this line of the model with other operators",
     )
@@ -223,7 +230,11 @@ def _splice(program: Program, node: Node, traced: GraphModule, inputs: list[Node
             break
         with program.graph.inserting_before(node):
             new = program.graph.node_copy(inner, lambda n: env[n])
-        new.meta = {"val": inner.meta.get("val"), "stack_trace": node.meta.get("stack_trace")}
+        new.meta = {
+            "val": inner.meta.get("val"),
+            "stack_trace": node.meta.get("stack_trace"),
+            _ORIGIN: node.meta.get(_ORIGIN, op_name(node.target)),
+        }
         if inner.op == "get_attr":
             name = f"{node.name}.{inner.target}"
             tensor = getattr(traced, str(inner.target))

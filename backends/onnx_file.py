@@ -175,7 +175,7 @@ def _tensor_header(initializer: Initializer, place: tuple[str, int] | None) -> b
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The values in row-major order as bytes, without a copy where they already lie so."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+    return flat.view(torch.uint8).numpy().data.cast("B")
 
 
 def _varint(value: int) -> bytes:

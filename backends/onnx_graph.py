@@ -8,10 +8,9 @@ costs nothing where the attention operator takes packed heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import sympy
@@ -31,65 +30,14 @@ from planish.backends.onnx_dims import (
     reshape_plan,
 )
 from planish.backends.onnx_file import Initializer, onnx_dtype
+from planish.backends.onnx_view import Held, Style, View, dtype_of
 from planish.ir.errors import UnsupportedError
 from planish.ir.program import Program
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """A value seen through a reshape, then a permutation.
-
-    Attributes:
-        base: the ONNX value.
-        base_dims: its sizes.
-        dims: sizes after the reshape.
-        perm: permutation of ``dims``; None for none.
-    """
-
-    base: ir.Value
-    base_dims: Dims
-    dims: Dims
-    perm: tuple[int, ...] | None = None
-
-    @property
-    def shape(self) -> Dims:
-        """The sizes that are seen."""
-        return self.dims if self.perm is None else tuple(self.dims[p] for p in self.perm)
-
-    @property
-    def keeps_rows(self) -> bool:
-        """Whether the last axis is that of the base, so that row-wise operators may use it."""
-        return self.perm is None and self.base_dims[-1:] == self.dims[-1:] != ()
-
-    def with_base(self, base: ir.Value) -> View:
-        """The same view of another value of the same sizes."""
-        return View(base, self.base_dims, self.dims, self.perm)
-
-
-Held = View | list[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Style:
-    """How operators with more than one ONNX form are written.
-
-    Attributes:
-        attention: "operator" (ONNX Attention, opset 23) or "matmul".
-        residual: "sum" or "add": the addition before a layer norm. ONNX Runtime fuses Add with
-            the norm into a kernel that is slower than both, and leaves Sum alone.
-        linear: "gemm" or "matmul".
-        rms_norm: "operator" (ONNX RMSNormalization, opset 23) or "primitives".
-        rotary: "operator" (ONNX RotaryEmbedding, opset 23) or "primitives".
-    """
-
-    attention: str = "matmul"
-    residual: str = "sum"
-    linear: str = "gemm"
-    rms_norm: str = "primitives"
-    rotary: str = "primitives"
+T = TypeVar("T")
 
 
 class Emitter:
@@ -127,8 +75,8 @@ class Emitter:
         if isinstance(result, (list, tuple)):
             parts = value if isinstance(value, (list, tuple)) else [value] * len(result)
             self._held[node] = [
-                self._as_view(r, v, f"{node.name}.{i}") for i, (r, v) in enumerate(
-                    zip(result, parts, strict=False))
+                self._as_view(r, v, f"{node.name}.{i}")
+                for i, (r, v) in enumerate(zip(result, parts, strict=False))
             ]
             return
         self._held[node] = self._as_view(result, value, node.name)
@@ -208,11 +156,11 @@ class Emitter:
                 self._views[key] = self._described(value, view.base, view.dims)
             value = self._views[key]
         if view.perm is not None:
-            key = (view.base, view.dims, view.perm)
-            if key not in self._views:
+            turned = (view.base, view.dims, view.perm)
+            if turned not in self._views:
                 value = self.op("Transpose", value, perm=list(view.perm))
-                self._views[key] = self._described(value, view.base, view.shape)
-            value = self._views[key]
+                self._views[turned] = self._described(value, view.base, view.shape)
+            value = self._views[turned]
         if like is not None:
             self.describe(value, like, view.shape)
         return value
@@ -246,11 +194,12 @@ class Emitter:
         result: ir.Value = self._cache[key]
         return result
 
-    def cached(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:  # noqa: ANN401
+    def cached(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         """Compute something once per graph."""
         if key not in self._cache:
             self._cache[key] = make()
-        return self._cache[key]
+        result: T = self._cache[key]
+        return result
 
     # -- constants ----------------------------------------------------------------------------
 
@@ -300,7 +249,7 @@ class Emitter:
         """Sizes as an int64 vector, computed at run time where they must be."""
         if all(isinstance(dim, int) for dim in dims):
             return self.constant(list(dims))
-        return self.cached(("sizes", dims), lambda: self._concat_sizes(dims))  # type: ignore[no-any-return]
+        return self.cached(("sizes", dims), lambda: self._concat_sizes(dims))
 
     def _concat_sizes(self, dims: Dims) -> ir.Value:
         if len(dims) == 1:
@@ -340,7 +289,7 @@ class Emitter:
     def size_of(self, number: Any) -> ir.Value:  # noqa: ANN401 - int, symbolic, or a node
         """A size given as an argument, as an int64 vector of length 1."""
         if isinstance(number, Node):
-            return self.cached(  # type: ignore[no-any-return]
+            return self.cached(
                 ("vector", number),
                 lambda: self.op("Reshape", self.value(number), self.constant([1])),
             )
@@ -351,8 +300,10 @@ class Emitter:
     def scalar_size(self, size: int | SymInt) -> ir.Value:
         """A size as an int64 scalar."""
         vector = self.size(dim_of(size))
-        empty = self.cached(("empty",), lambda: self.tensor(torch.zeros(0, dtype=torch.int64), "const.empty"))
-        return self.cached(("scalar", vector), lambda: self.op("Reshape", vector, empty))  # type: ignore[no-any-return]
+        empty = self.cached(
+            ("empty",), lambda: self.tensor(torch.zeros(0, dtype=torch.int64), "const.empty")
+        )
+        return self.cached(("scalar", vector), lambda: self.op("Reshape", vector, empty))
 
     # -- nodes --------------------------------------------------------------------------------
 
@@ -360,19 +311,28 @@ class Emitter:
         self,
         name: str,
         *inputs: ir.Value | None,
-        outputs: int = 1,
         domain: str = "",
-        **attributes: Any,
-    ) -> Any:  # noqa: ANN401 - one value, or a list of them
-        """Append an operator.
+        **attributes: Any,  # noqa: ANN401
+    ) -> ir.Value:
+        """Append an operator with one output.
 
         Args:
             name: ONNX operator.
             inputs: None for an omitted optional one.
-            outputs: how many; a list is returned for more than one.
             domain: "" for standard operators.
-            attributes: numbers, strings, lists of them; None is dropped.
+            attributes: numbers, strings, lists of them, graphs; None is dropped.
         """
+        return self.ops(1, name, *inputs, domain=domain, **attributes)[0]
+
+    def ops(
+        self,
+        outputs: int,
+        name: str,
+        *inputs: ir.Value | None,
+        domain: str = "",
+        **attributes: Any,  # noqa: ANN401
+    ) -> list[ir.Value]:
+        """Append an operator with several outputs; see ``op``."""
         import onnx_ir as ir
 
         given = list(inputs)
@@ -387,7 +347,7 @@ class Emitter:
             num_outputs=outputs,
         )
         self.append(node)
-        return node.outputs[0] if outputs == 1 else list(node.outputs)
+        return list(node.outputs)
 
     def append(self, node: ir.Node) -> None:
         """Append a ready node, naming it after the program's node being emitted."""
@@ -436,18 +396,3 @@ class Emitter:
     def at(self, node: Node) -> None:
         """Say which node of the program is emitted now."""
         self._current = node
-
-
-def dtype_of(value: Any) -> torch.dtype:  # noqa: ANN401
-    """The dtype of a fake tensor or symbolic number."""
-    if isinstance(value, Tensor):
-        return value.dtype
-    if isinstance(value, (bool, SymBool)):
-        return torch.bool
-    if isinstance(value, (int, SymInt)):
-        return torch.int64
-    return torch.float32
-
-
-Translator = Callable[[Emitter, Node], Any]
-Table = Mapping[Any, Translator]

@@ -8,7 +8,8 @@ import torch
 from torch.fx import Node
 
 from planish.backends.onnx_dims import Dims, dims_of
-from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.ops import argument
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import torch
 from torch.fx import Node
 
 from planish.backends.onnx_dims import dim_of, dims_of, product
-from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
+from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_pointwise import on_base
+from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.ops import argument
 
 if TYPE_CHECKING:
@@ -47,16 +48,16 @@ def _linear(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 def _matmul_add(e: Emitter, x: Node, weight: ir.Value, bias: Node | None) -> ir.Value:
     product_ = e.op("MatMul", e.value(x), weight)
-    return product_ if bias is None else e.op("Add", product_, e.value(bias))  # type: ignore[no-any-return]
+    return product_ if bias is None else e.op("Add", product_, e.value(bias))
 
 
 def _transposed(e: Emitter, weight: Node) -> ir.Value:
     """A weight as [in, out]: stored so where it is constant."""
     known = e.known(weight)
     if known is None:
-        return e.op("Transpose", e.value(weight), perm=[1, 0])  # type: ignore[no-any-return]
+        return e.op("Transpose", e.value(weight), perm=[1, 0])
     name = f"{weight.target}.T"
-    return e.cached(("T", str(weight.target)), lambda: e.tensor(known.t(), name))  # type: ignore[no-any-return]
+    return e.cached(("T", str(weight.target)), lambda: e.tensor(known.t(), name))
 
 
 def _addmm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
@@ -129,7 +130,7 @@ def _conv(e: Emitter, node: Node) -> Any:  # noqa: ANN401
         return None
     if padding == "same":
         # torch puts the odd element after.
-        totals = [d * (int(k) - 1) for d, k in zip(dilation, sizes, strict=True)]  # type: ignore[arg-type]
+        totals = [d * (int(k) - 1) for d, k in zip(dilation, sizes, strict=True)]
         pads = [t // 2 for t in totals] + [t - t // 2 for t in totals]
     else:
         pads = _per_axis(0 if padding == "valid" else padding, spatial) * 2
@@ -167,11 +168,16 @@ def _channels(e: Emitter, node: Node, name: str, fill: float) -> ir.Value:
     if given is not None:
         return e.value(given)
     count = int(_node(node.args[0]).meta["val"].shape[1])
-    dtype = dtype_of(node.meta["val"])
-    return e.cached(
-        ("fill", fill, count, dtype),
-        lambda: e.tensor(torch.full((count,), fill, dtype=dtype), f"const.{fill}.{count}"),
-    )  # type: ignore[no-any-return]
+    return _filled(e, fill, count, dtype_of(node.meta["val"]))
+
+
+def _filled(e: Emitter, fill: float, count: int, dtype: torch.dtype) -> ir.Value:
+    """A vector of one number."""
+
+    def make() -> ir.Value:
+        return e.tensor(torch.full((count,), fill, dtype=dtype), f"const.{fill}.{count}")
+
+    return e.cached(("fill", fill, count, dtype), make)
 
 
 def _batch_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
@@ -192,8 +198,9 @@ def _norm_scale(e: Emitter, node: Node) -> ir.Value:
     shape = [int(s) for s in argument(node, "normalized_shape")]
     dtype = dtype_of(node.meta["val"])
     return e.cached(
-        ("ones", tuple(shape), dtype), lambda: e.tensor(torch.ones(shape, dtype=dtype), "const.ones")
-    )  # type: ignore[no-any-return]
+        ("ones", tuple(shape), dtype),
+        lambda: e.tensor(torch.ones(shape, dtype=dtype), "const.ones"),
+    )
 
 
 def _layer_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
@@ -236,11 +243,7 @@ def _group_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     groups, eps = int(argument(node, "num_groups")), float(argument(node, "eps"))
     flat = (dims[0], groups, product(dims[1:]) // groups)
     x = e.materialize(View(e.value(source), dims, flat), like=source.meta["val"])
-    ones, zeros = (
-        e.cached(("gn", v, groups, dtype), lambda v=v: e.tensor(
-            torch.full((groups,), v, dtype=dtype), f"const.{v}.{groups}"))
-        for v in (1.0, 0.0)
-    )
+    ones, zeros = (_filled(e, v, groups, dtype) for v in (1.0, 0.0))
     norm = e.op("InstanceNormalization", x, ones, zeros, epsilon=eps)
     result = e.materialize(View(norm, flat, dims), like=node.meta["val"])
     for name, operator in (("weight", "Mul"), ("bias", "Add")):
@@ -335,7 +338,7 @@ def _adaptive_avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
         return e.op("ReduceMean", e.value(source), axes, keepdims=1) if reduced else e.view(source)
     if not all(isinstance(s, int) and isinstance(g, int) and s % g == 0 for s, g in pairs):
         return None
-    kernel = [int(s) // int(g) for s, g in pairs]  # type: ignore[arg-type]
+    kernel = [int(s) // int(g) for s, g in pairs]
     x, added = _with_batch(e, node, spatial)
     result = e.op("AveragePool", x, kernel_shape=kernel, strides=kernel)
     return _without_batch(node, result, added)

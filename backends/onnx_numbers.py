@@ -11,7 +11,8 @@ from torch import SymInt
 from torch.fx import Node
 
 from planish.backends.onnx_dims import NoExpressionError
-from planish.backends.onnx_graph import Emitter, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import dtype_of
 from planish.ir.errors import UnsupportedError
 from planish.ir.ops import op_name
 
@@ -40,7 +41,7 @@ _UNARY: dict[Any, str] = {
     math.ceil: "Ceil",
     math.floor: "Floor",
     torch.sym_not: "Not",
-    torch._sym_sqrt: "Sqrt",
+    torch.sym_sqrt: "Sqrt",
 }
 _COMPARES = {operator.eq, operator.lt, operator.le, operator.gt, operator.ge}
 
@@ -86,14 +87,14 @@ def _from_operator(e: Emitter, node: Node) -> ir.Value:
         rank = len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
         axis %= rank
         vector = e.op("Shape", tensor, start=axis, end=axis + 1)
-        return e.op("Squeeze", vector, e.constant([0]))  # type: ignore[no-any-return]
+        return e.op("Squeeze", vector, e.constant([0]))
     if target is aten.sym_numel.default:
-        return e.op("Size", e.value(node.args[0]))  # type: ignore[no-any-return, arg-type]
+        return e.op("Size", e.value(node.args[0]))  # type: ignore[arg-type]
     if target in (aten.item.default, aten._local_scalar_dense.default):
-        tensor = node.args[0]
-        assert isinstance(tensor, Node)
-        scalar = e.op("Squeeze", e.value(tensor))
-        return e.cast(scalar, tensor.meta["val"].dtype, dtype)
+        source = node.args[0]
+        assert isinstance(source, Node)
+        scalar = e.op("Squeeze", e.value(source))
+        return e.cast(scalar, source.meta["val"].dtype, dtype)
     if target is torch.sym_float:
         return e.operand(node.args[0], torch.float32)
     if target in _UNARY:
@@ -113,15 +114,15 @@ def _binary(e: Emitter, node: Node, dtype: torch.dtype) -> ir.Value:
     common = torch.float32 if target is operator.truediv else _joint_dtype(node)
     a, b = (e.operand(arg, common) for arg in node.args)
     if target in _COMPARES:
-        return e.op(_BINARY[target], a, b)  # type: ignore[no-any-return]
+        return e.op(_BINARY[target], a, b)
     if target is operator.ne:
-        return e.op("Not", e.op("Equal", a, b))  # type: ignore[no-any-return]
+        return e.op("Not", e.op("Equal", a, b))
     if target is operator.mod:
-        return e.op("Mod", a, b, fmod=int(common.is_floating_point))  # type: ignore[no-any-return]
+        return e.op("Mod", a, b, fmod=int(common.is_floating_point))
     if target is operator.floordiv:
         if common.is_floating_point:
-            return e.op("Floor", e.op("Div", a, b))  # type: ignore[no-any-return]
-        return e.op("Div", e.op("Sub", a, e.op("Mod", a, b)), b)  # type: ignore[no-any-return]
+            return e.op("Floor", e.op("Div", a, b))
+        return e.op("Div", e.op("Sub", a, e.op("Mod", a, b)), b)
     if target in _BINARY:
         return e.cast(e.op(_BINARY[target], a, b), common, dtype)
     raise UnsupportedError(f"arithmetic {op_name(target)} has no ONNX form", where=node)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
 from torch.fx import Node
 
-from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
-from planish.ir.ops import argument, is_op
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, View, dtype_of
+from planish.ir.ops import is_op
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -62,7 +63,11 @@ def binary(e: Emitter, node: Node, name: str, a: Any, b: Any, dtype: torch.dtype
 
 
 def _shared_base(
-    e: Emitter, node: Node, a: Any, b: Any, dtype: torch.dtype  # noqa: ANN401
+    e: Emitter,
+    node: Node,
+    a: Any,  # noqa: ANN401
+    b: Any,  # noqa: ANN401
+    dtype: torch.dtype,
 ) -> tuple[View, ir.Value, ir.Value] | None:
     """Both operands in one base form that is not their own shape, if there is one."""
     views = [e.view(x) if isinstance(x, Node) else None for x in (a, b)]
@@ -113,8 +118,8 @@ def _arithmetic(name: str) -> Callable[[Emitter, Node], Any]:
         alpha = node.kwargs.get("alpha", 1)
         dtype = dtype_of(node.meta["val"])
         if alpha != 1:
-            b = _scaled(e, node, b, alpha, dtype)
-            return e.op(name, e.operand(a, dtype), b)
+            scaled = e.op("Mul", e.operand(b, dtype), e.operand(alpha, dtype))
+            return e.op(name, e.operand(a, dtype), scaled)
         if dtype is torch.bool:
             return e.op({"Add": "Or", "Mul": "And"}[name], *[e.operand(x, dtype) for x in (a, b)])
         before_norm = name == "Add" and any(is_op(user, *_NORMS) for user in node.users)
@@ -125,16 +130,13 @@ def _arithmetic(name: str) -> Callable[[Emitter, Node], Any]:
     return translate
 
 
-def _scaled(e: Emitter, node: Node, b: Any, alpha: Any, dtype: torch.dtype) -> ir.Value:  # noqa: ANN401
-    return e.op("Mul", e.operand(b, dtype), e.operand(alpha, dtype))  # type: ignore[no-any-return]
-
-
 def _reverse_subtract(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     a, b = node.args[0], node.args[1]
     dtype = dtype_of(node.meta["val"])
-    if node.kwargs.get("alpha", 1) != 1:
-        a = e.op("Mul", e.operand(a, dtype), e.operand(node.kwargs["alpha"], dtype))
-        return e.op("Sub", e.operand(b, dtype), a)
+    alpha = node.kwargs.get("alpha", 1)
+    if alpha != 1:
+        scaled = e.op("Mul", e.operand(a, dtype), e.operand(alpha, dtype))
+        return e.op("Sub", e.operand(b, dtype), scaled)
     return e.op("Sub", e.operand(b, dtype), e.operand(a, dtype))
 
 
@@ -233,81 +235,13 @@ def _logical_not(e: Emitter, node: Node) -> View:
     return on_base(e, node, lambda x: e.op("Not", x))
 
 
-# -- activations ------------------------------------------------------------------------------
-
-
-def _gelu(e: Emitter, node: Node) -> View:
-    approximate = argument(node, "approximate")
-    dtype = dtype_of(node.meta["val"])
-    if e.opset >= 20:
-        return on_base(e, node, lambda x: e.op("Gelu", x, approximate=approximate))
-    half, one = e.constant(0.5, dtype), e.constant(1.0, dtype)
-    if approximate == "tanh":
-
-        def tanh_form(x: Any) -> Any:  # noqa: ANN401
-            cube = e.op("Mul", x, e.op("Mul", x, x))
-            inner = e.op("Add", x, e.op("Mul", cube, e.constant(0.044715, dtype)))
-            bent = e.op("Tanh", e.op("Mul", inner, e.constant((2 / torch.pi) ** 0.5, dtype)))
-            return e.op("Mul", e.op("Mul", x, e.op("Add", bent, one)), half)
-
-        return on_base(e, node, tanh_form)
-
-    def erf_form(x: Any) -> Any:  # noqa: ANN401
-        bent = e.op("Erf", e.op("Div", x, e.constant(2**0.5, dtype)))
-        return e.op("Mul", e.op("Mul", x, e.op("Add", bent, one)), half)
-
-    return on_base(e, node, erf_form)
-
-
-def _silu(e: Emitter, node: Node) -> View:
-    return on_base(e, node, lambda x: e.op("Mul", x, e.op("Sigmoid", x)))
-
-
-def _clamp(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    """``clamp``, ``hardtanh``, ``relu6`` and their kin: ONNX Clip."""
-    target, dtype = node.target, dtype_of(node.meta["val"])
-    low: Any = None
-    high: Any = None
-    if target is aten.relu6.default:
-        low, high = 0.0, 6.0
-    elif target is aten.hardtanh.default:
-        low, high = argument(node, "min_val"), argument(node, "max_val")
-    elif target is aten.clamp_min.default:
-        low = argument(node, "min")
-    elif target is aten.clamp_max.default:
-        high = argument(node, "max")
-    else:
-        low, high = argument(node, "min"), argument(node, "max")
-    limits = [None if limit is None else e.operand(limit, dtype) for limit in (low, high)]
-    if limits[1] is None:
-        limits.pop()
-    return on_base(e, node, lambda x: e.op("Clip", x, *limits))
-
-
-def _clamp_tensor(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    dtype = dtype_of(node.meta["val"])
-    result = e.operand(node.args[0], dtype)
-    for name, limit in (("Max", argument(node, "min")), ("Min", argument(node, "max"))):
-        if limit is not None:
-            result = e.op(name, result, e.operand(limit, dtype))
-    return result
-
-
-def _leaky_relu(e: Emitter, node: Node) -> View:
-    slope = argument(node, "negative_slope")
-    return on_base(e, node, lambda x: e.op("LeakyRelu", x, alpha=float(slope)))
-
-
-def _hardsigmoid(e: Emitter, node: Node) -> View:
-    return on_base(e, node, lambda x: e.op("HardSigmoid", x, alpha=1 / 6, beta=0.5))
+# -- choosing and converting ------------------------------------------------------------------
 
 
 def _where(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     condition, a, b = node.args
     dtype = dtype_of(node.meta["val"])
-    return e.op(
-        "Where", e.operand(condition, torch.bool), e.operand(a, dtype), e.operand(b, dtype)
-    )
+    return e.op("Where", e.operand(condition, torch.bool), e.operand(a, dtype), e.operand(b, dtype))
 
 
 def _masked_fill(e: Emitter, node: Node) -> Any:  # noqa: ANN401
@@ -393,16 +327,6 @@ POINTWISE: Table = {
     aten.__or__.Tensor: _bitwise("Or", "BitwiseOr"),
     aten.bitwise_xor.Tensor: _bitwise("Xor", "BitwiseXor"),
     aten.bitwise_not.default: _bitwise_not,
-    aten.gelu.default: _gelu,
-    aten.silu.default: _silu,
-    aten.clamp.default: _clamp,
-    aten.clamp.Tensor: _clamp_tensor,
-    aten.clamp_min.default: _clamp,
-    aten.clamp_max.default: _clamp,
-    aten.relu6.default: _clamp,
-    aten.hardtanh.default: _clamp,
-    aten.leaky_relu.default: _leaky_relu,
-    aten.hardsigmoid.default: _hardsigmoid,
     aten.where.self: _where,
     aten.where.ScalarOther: _where,
     aten.where.ScalarSelf: _where,

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from planish.backends.onnx_dims import Dims
-from planish.backends.onnx_graph import Emitter, Table, View
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, View
 from planish.ir.ops import argument, is_op
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def _recurrent(e: Emitter, node: Node, kind: str, states: list[Node]) -> Any:  #
         group = weights[layer * directions * per_direction :][: directions * per_direction]
         stacked = _stack(e, node, kind, layer, group, directions, biased)
         starts = [_start(e, s, layer, directions, layers) for s in states]
-        outputs = e.op(
-            kind, e.materialize(view), *stacked, None, *starts, outputs=1 + len(states),
+        outputs = e.ops(
+            1 + len(states), kind, e.materialize(view), *stacked, None, *starts,
             hidden_size=hidden, direction="bidirectional" if directions == 2 else "forward",
             linear_before_reset=1 if kind == "GRU" else None,
         )  # fmt: skip
@@ -82,14 +83,14 @@ def _sequence(e: Emitter, value: ir.Value, dims: Dims) -> View:
     if directions == 1:
         return View(value, dims, (t, b, hidden))
     moved = View(value, dims, dims, (0, 2, 1, 3))
-    return View(e.materialize(moved), moved.shape, (t, b, int(directions) * int(hidden)))  # type: ignore[arg-type]
+    return View(e.materialize(moved), moved.shape, (t, b, int(directions) * int(hidden)))
 
 
 def _batch_first(e: Emitter, value: ir.Value, dims: Dims) -> View:
     t, directions, b, hidden = dims
     moved = View(value, dims, dims, (2, 0, 1, 3))
     base = e.materialize(moved)
-    return View(base, moved.shape, (b, t, int(directions) * int(hidden)))  # type: ignore[arg-type]
+    return View(base, moved.shape, (b, t, int(directions) * int(hidden)))
 
 
 def _stack(
@@ -130,7 +131,7 @@ def _start(e: Emitter, state: Node, layer: int, directions: int, layers: int) ->
     if layers == 1:
         return value
     start, end = layer * directions, (layer + 1) * directions
-    return e.op("Slice", value, e.constant([start]), e.constant([end]), e.constant([0]))  # type: ignore[no-any-return]
+    return e.op("Slice", value, e.constant([start]), e.constant([end]), e.constant([0]))
 
 
 RECURRENT: Table = {aten.lstm.input: _lstm, aten.gru.input: _gru}

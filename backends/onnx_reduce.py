@@ -10,7 +10,8 @@ from torch.fx import Node
 
 from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_file import onnx_dtype
-from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.ops import argument
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def reduce_axes(e: Emitter, node: Node, name: str, x: ir.Value) -> ir.Value:
     axes = _axes(node)
     if not axes:
         return x  # a scalar reduces to itself
-    return e.op(name, x, e.constant(axes), keepdims=_keeps(node))  # type: ignore[no-any-return]
+    return e.op(name, x, e.constant(axes), keepdims=_keeps(node))
 
 
 def _reduction(name: str) -> Callable[[Emitter, Node], Any]:
@@ -174,8 +175,8 @@ def _topk(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     count = argument(node, "k")
     amount = e.size_of(count)
     axis = int(argument(node, "dim")) % _rank(source)
-    return e.op(
-        "TopK", e.value(source), amount, outputs=2, axis=axis,
+    return e.ops(
+        2, "TopK", e.value(source), amount, axis=axis,
         largest=int(argument(node, "largest")), sorted=int(argument(node, "sorted")),
     )  # fmt: skip
 

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 import planish.ir.operators  # noqa: F401 - registers torch.ops.planish
 from planish.backends.onnx_dims import dims_of
-from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.ops import argument, is_op
 
 if TYPE_CHECKING:
@@ -56,9 +57,9 @@ def _as_operator(e: Emitter, node: Node, x: Node, tables: list[Any]) -> View:
         result = e.op("RotaryEmbedding", e.value(x), *tables)
         return View(result, dims, dims)
     b, s, h, d = view.dims
-    flat = (b, s, int(h) * int(d))  # type: ignore[arg-type]
+    flat = (b, s, int(h) * int(d))
     packed = e.materialize(View(view.base, view.base_dims, flat), like=x.meta["val"])
-    result = e.op("RotaryEmbedding", packed, *tables, num_heads=int(h))  # type: ignore[arg-type]
+    result = e.op("RotaryEmbedding", packed, *tables, num_heads=int(h))
     return View(result, flat, view.dims, _HEADS_FIRST)
 
 
@@ -73,18 +74,16 @@ def _half(e: Emitter, table: Node, x: Node) -> ir.Value | None:
         return None
 
     def make() -> ir.Value:
-        width = int(goal[-1]) // 2  # type: ignore[arg-type]
+        width = int(goal[-1]) // 2
         batch = dims[0] if len(dims) == 4 else 1
         seen = View(e.value(table), dims, (batch, goal[2], goal[3]))
         full = e.materialize(seen, like=table.meta["val"])
-        part = e.op(
-            "Slice", full, e.constant([0]), e.constant([width]), e.constant([-1])
-        )
+        part = e.op("Slice", full, e.constant([0]), e.constant([width]), e.constant([-1]))
         if batch == goal[0]:
-            return part  # type: ignore[no-any-return]
-        return e.op("Expand", part, e.sizes((goal[0], goal[2], width)))  # type: ignore[no-any-return]
+            return part
+        return e.op("Expand", part, e.sizes((goal[0], goal[2], width)))
 
-    return e.cached(("rotary", table, goal[0], goal[2]), make)  # type: ignore[no-any-return]
+    return e.cached(("rotary", table, goal[0], goal[2]), make)
 
 
 def _equal_halves(e: Emitter, table: Node) -> bool:
@@ -111,16 +110,16 @@ def _as_formula(e: Emitter, node: Node, interleaved: bool) -> Any:  # noqa: ANN4
     x = _as_node(node.args[0])
     dims, dtype = dims_of(node.meta["val"]), dtype_of(node.meta["val"])
     value, (cos, sin) = e.value(x), (e.operand(a, dtype) for a in node.args[1:3])
-    width = int(dims[-1])  # type: ignore[arg-type]
+    width = int(dims[-1])
     halves = e.constant([1, 1] if interleaved else [width // 2, width // 2])
     if interleaved:
         pairs = (*dims[:-1], width // 2, 2)
         split = e.materialize(View(value, dims, pairs), like=x.meta["val"])
-        first, second = e.op("Split", split, halves, outputs=2, axis=-1)
+        first, second = e.ops(2, "Split", split, halves, axis=-1)
         turned = e.op("Concat", e.op("Neg", second), first, axis=-1)
         turned = e.materialize(View(turned, pairs, dims))
     else:
-        first, second = e.op("Split", value, halves, outputs=2, axis=-1)
+        first, second = e.ops(2, "Split", value, halves, axis=-1)
         turned = e.op("Concat", e.op("Neg", second), first, axis=-1)
     return e.op("Add", e.op("Mul", value, cos), e.op("Mul", turned, sin))
 

@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from planish.backends.onnx_dims import Dim, Dims, dim_of, dims_of, product
 from planish.backends.onnx_file import onnx_dtype
-from planish.backends.onnx_graph import Emitter, Table, View, dtype_of
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.ops import argument
 
 aten = torch.ops.aten
@@ -71,7 +72,7 @@ def _permuted(view: View, order: Sequence[int]) -> View:
 
 def _permute(e: Emitter, node: Node) -> View:
     rank = _rank(node)
-    return _permuted(e.view(_source(node)), [p % rank for p in node.args[1]])  # type: ignore[union-attr]
+    return _permuted(e.view(_source(node)), [int(p) % rank for p in argument(node, "dims")])
 
 
 def _transpose(e: Emitter, node: Node) -> View:
@@ -87,11 +88,14 @@ def _numpy_transpose(e: Emitter, node: Node) -> View:
     return _permuted(e.view(_source(node)), list(reversed(range(_rank(node)))))
 
 
+def _axis_list(given: int | Sequence[int], rank: int) -> list[int]:
+    return [a % rank for a in ([given] if isinstance(given, int) else given)]
+
+
 def _movedim(e: Emitter, node: Node) -> View:
     rank = _rank(node)
-    as_list = lambda x: [x] if isinstance(x, int) else list(x)  # noqa: E731
-    sources = [a % rank for a in as_list(node.args[1])]
-    goals = [a % rank for a in as_list(node.args[2])]
+    sources = _axis_list(argument(node, "source"), rank)
+    goals = _axis_list(argument(node, "destination"), rank)
     order = [-1] * rank
     for source, goal in zip(sources, goals, strict=True):
         order[goal] = source
@@ -136,7 +140,7 @@ def _pieces(e: Emitter, node: Node) -> list[Any]:
         return [view]
     last = view.keeps_rows and axis == len(view.dims) - 1
     whole = view.base if last else e.materialize(view, like=_source(node).meta["val"])
-    outputs = e.op("Split", whole, e.sizes(lengths), outputs=len(parts), axis=-1 if last else axis)
+    outputs = e.ops(len(parts), "Split", whole, e.sizes(lengths), axis=-1 if last else axis)
     if not last:
         return list(outputs)
     return [
@@ -156,7 +160,7 @@ def _unbind(e: Emitter, node: Node) -> list[Any]:
     if len(parts) == 1:
         pieces = [whole]
     else:
-        pieces = e.op("Split", whole, e.constant([1] * len(parts)), outputs=len(parts), axis=axis)
+        pieces = e.ops(len(parts), "Split", whole, e.constant([1] * len(parts)), axis=axis)
     dims = dims_of(_source(node).meta["val"])
     thin = (*dims[:axis], 1, *dims[axis + 1 :])
     return [View(p, thin, dims_of(part)) for p, part in zip(pieces, parts, strict=True)]
@@ -176,7 +180,7 @@ def _unbind_packed(e: Emitter, view: View, axis: int, count: int) -> list[View] 
     if not isinstance(width, int) or tail != width or view.dims[inner] != count:
         return None
     part = width // count
-    pieces = e.op("Split", view.base, e.constant([part] * count), outputs=count, axis=-1)
+    pieces = e.ops(count, "Split", view.base, e.constant([part] * count), axis=-1)
     dims = (*view.dims[:inner], *view.dims[inner + 1 :])
     base_dims = (*view.base_dims[:-1], part)
     views = [View(piece, base_dims, dims) for piece in pieces]
@@ -240,7 +244,7 @@ def _repeat(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _flip(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    axes = [_axis(node, a) for a in node.args[1]]  # type: ignore[union-attr]
+    axes = [_axis(node, int(a)) for a in argument(node, "dims")]
     ones = [-1] * len(axes)
     lowest = [-_INT64_MAX] * len(axes)
     return e.op(

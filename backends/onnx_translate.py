@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from planish.backends.onnx_activations import ACTIVATIONS
 from planish.backends.onnx_attention import ATTENTION
 from planish.backends.onnx_bags import BAGS
 from planish.backends.onnx_branch import BRANCHES
-from planish.backends.onnx_graph import Emitter, Style, Translator
+from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_index import INDEXING
 from planish.backends.onnx_layers import LAYERS
 from planish.backends.onnx_numbers import NUMBER_OPS
@@ -20,10 +21,12 @@ from planish.backends.onnx_recurrent import RECURRENT
 from planish.backends.onnx_reduce import REDUCTIONS
 from planish.backends.onnx_rotary import ROTARY
 from planish.backends.onnx_shapes import SHAPES
+from planish.backends.onnx_view import Style, Translator
 from planish.ir.program import Program
 
 TABLE: dict[Any, Translator] = {
     **POINTWISE,
+    **ACTIVATIONS,
     **SHAPES,
     **REDUCTIONS,
     **INDEXING,

@@ -13,7 +13,7 @@ from planish.ir.program import Program
 if TYPE_CHECKING:
     import onnx
 
-    from planish.backends.onnx_graph import Style
+    from planish.backends.onnx_view import Style
 
 
 class OnnxRuntimeCpu(OnnxBackend):

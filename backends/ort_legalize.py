@@ -23,7 +23,7 @@ from planish.ir.ops import is_op
 from planish.ir.program import Program
 
 if TYPE_CHECKING:
-    from planish.backends.onnx_graph import Style
+    from planish.backends.onnx_view import Style
 
 aten = torch.ops.aten
 
@@ -60,9 +60,7 @@ CHOICES: tuple[Choice, ...] = (
 )
 
 
-def choose(
-    program: Program, opset: int, options: ExportOptions
-) -> tuple[Style, Mapping[str, str]]:
+def choose(program: Program, opset: int, options: ExportOptions) -> tuple[Style, Mapping[str, str]]:
     """The forms to emit a program in.
 
     Args:
@@ -76,7 +74,7 @@ def choose(
     Raises:
         RecipeError: a choice to be replayed does not exist.
     """
-    from planish.backends.onnx_graph import Style
+    from planish.backends.onnx_view import Style
 
     replayed = _validated(options.choices or {})
     met = [c for c in CHOICES if any(is_op(n, *c.operators) for n in program.graph.nodes)]
@@ -115,6 +113,7 @@ def _validated(choices: Mapping[str, str]) -> Mapping[str, str]:
             )
         if value not in known[name]:
             raise RecipeError(
-                f"lowering choice {name!r} cannot be {value!r}", hint="use " + " or ".join(known[name])
+                f"lowering choice {name!r} cannot be {value!r}",
+                hint="use " + " or ".join(known[name]),
             )
     return choices

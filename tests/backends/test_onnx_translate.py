@@ -169,7 +169,7 @@ INDEXING: dict[str, Callable[[Tensor], Any]] = {
     "one axis": lambda x: (x[:, torch.tensor([2, 0])], x[..., torch.tensor([[1], [-1]])]),
     "two axes": lambda x: x[:, torch.tensor([0, 2]), torch.tensor([1, -1])],
     "apart": lambda x: x[torch.tensor([0, 1, 1]), :, torch.tensor([1, 3, 0])],
-    "inner": lambda x: x.flatten(1).unflatten(1, (3, 2, 2))[:, :, torch.tensor([[0], [1]]), torch.tensor([1, 0])],
+    "inner": lambda x: x.unflatten(2, (2, 2))[:, :, torch.tensor([[0], [1]]), torch.tensor([1, 0])],
     "gathers": lambda x: (
         x.gather(1, torch.tensor([[[0, 1, 2, 0]], [[2, 2, 1, 0]]])),
         x.index_select(2, torch.tensor([3, 1])),
