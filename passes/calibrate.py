@@ -296,9 +296,8 @@ def _check_inputs(inputs: tuple[Any, ...], program: Program, where: str) -> None
         shape = _shape_text(declared, program)
         if value.dim() != declared.dim():
             raise _illegal(name, value, shape, where)
-        dims: tuple[Any, ...] = tuple(
-            declared.shape
-        )  # torch types them as ints, which they are not
+        # Torch types sizes as ints, which symbolic ones are not.
+        dims: tuple[Any, ...] = tuple(declared.shape)
         for dim, size in zip(dims, value.shape, strict=True):
             expr = dim.node.expr if isinstance(dim, SymInt) else sympy.Integer(dim)
             if expr.is_Symbol:

@@ -3,9 +3,9 @@
     python -m planish.tools.bench.scaling [--kind mlp|conv|attention] [--sizes 1000,2000,...]
 
 A block is captured once, with a dynamic batch, and repeated until the graph has as many nodes as
-asked for; every copy has weights of its own. The best CPU time of the rounds is shown (one thread computes, so it
-is the wall time of an idle machine), with the exponent of the growth since the size before (1 is
-linear), and where the time went at the largest size.
+asked for; every copy has weights of its own. The best CPU time of the rounds is shown (one thread
+computes, so it is the wall time of an idle machine), with the exponent of the growth since the size
+before (1 is linear), and where the time went at the largest size.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class AttentionBlock(nn.Module):
         """[B, 4, width] to the same."""
         scores = self.query(x) @ self.key(x).transpose(1, 2) / 8**0.5
         y = x + scores.softmax(-1) @ self.value(x)
-        found: Tensor = self.gain * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        found: Tensor = self.gain * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))
         return found
 
 
