@@ -86,6 +86,7 @@ def optimize(
     resolved = resolve(recipe, target=target, seed=seed)
     target = resolved.target or target
     load_target(target)
+    _check_devices(model, target)
     remarks: list[str] = []
     start = time.perf_counter()
     program = _captured(model, example_inputs, dynamic_shapes, remarks, seed)
@@ -117,6 +118,18 @@ def optimize(
     seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
     report = _report(program, finished, resolved, target, seed, seconds, remarks)
     return Optimized(finished.program, resolved, report)
+
+
+def _check_devices(model: object, target: str) -> None:
+    """All targets run on the CPU, and what is verified must be what is deployed."""
+    if not isinstance(model, nn.Module):
+        return
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.device.type not in ("cpu", "meta"):  # capture explains the meta device
+            raise UsageError(
+                f"{name!r} is on {value.device}, and target {target!r} runs on the CPU",
+                hint="pass a copy on the CPU: copy.deepcopy(model).cpu()",
+            )
 
 
 def _captured(

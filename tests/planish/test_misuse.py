@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 
 import planish
@@ -98,6 +99,14 @@ def net() -> nn.Module:
     return Net().eval()
 
 
+def on_a_gpu() -> nn.Module:
+    """A tensor that says it is on a GPU, on a machine that has none."""
+    net = Net().eval()
+    with FakeTensorMode():
+        net.register_buffer("table", torch.empty(3, device="cuda"))
+    return net
+
+
 # name, model, call of it, error kind, fragments the message must hold
 CASES: list[tuple[str, Callable[[], Any], Callable[[Any], object], type[Exception], list[str]]] = [
     ("a list as inputs", net, lambda m: planish.optimize(m, [IMAGE]),
@@ -132,6 +141,8 @@ CASES: list[tuple[str, Callable[[], Any], Callable[[Any], object], type[Exceptio
     ("weights on the meta device", lambda: Net().eval().to("meta"),
      lambda m: planish.optimize(m, IMAGE),
      planish.CaptureError, ["meta device", "checkpoint"]),
+    ("a model on the GPU", on_a_gpu, lambda m: planish.optimize(m, IMAGE),
+     planish.UsageError, ["'table' is on cuda:0", "runs on the CPU", ".cpu()"]),
     ("an input on another device", net, lambda m: planish.optimize(m, IMAGE.to("meta")),
      planish.UsageError, ["meta", "cpu", "one device"]),
     ("a class instead of a model", lambda: Net, lambda m: planish.optimize(m, IMAGE),
@@ -181,8 +192,12 @@ def fingerprint(model: object) -> object:
     if not isinstance(model, nn.Module):
         return None
     tensors = {
-        name: (value.dtype, value._version, value.data_ptr(), value.requires_grad)
-        + (() if value.is_meta else (hashlib.sha256(value.detach().numpy().tobytes()).digest(),))
+        name: (value.dtype, value._version, id(value), value.requires_grad)
+        + (
+            ()
+            if value.is_meta or isinstance(value, FakeTensor)
+            else (hashlib.sha256(value.detach().numpy().tobytes()).digest(),)
+        )
         for name, value in (*model.named_parameters(), *model.named_buffers())
     }
     flags = {name: (m.training, sorted(m.__dict__), len(m._forward_hooks))
