@@ -146,6 +146,9 @@ def rewrite_greedily(
     applied = 0
     try:
         while (node := worklist.pop()) is not None:
+            if not node.users:
+                # Traced models carry dead values along; what replaced one would be dead and new.
+                continue
             for rule in by_root.get(node.target, ()):
                 found = _look(rule, node, program)
                 refusals.pop((rule.name, node.name), None)
