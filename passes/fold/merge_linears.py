@@ -93,7 +93,7 @@ class MergeLayers(Rule):
             return self.refuse(node, f"it pads with zeros, not with the bias of {first.node.name}")
         before, after = _weights(first, second)
         if after >= before:
-            return self.refuse(node, f"it would cost more: {after} weights instead of {before}")
+            return self.refuse(node, _cost(before, after))
         fold = base.fold(*merged(first.rows, first.bias, second.rows, second.bias))
         if isinstance(fold, str):
             return self.refuse(node, fold)
@@ -123,6 +123,11 @@ def _mismatch(first: Layer, second: Layer) -> str | None:
         if layer.shared_with is not None:
             return f"a weight is shared with {describe(layer.shared_with)}"
     return None
+
+
+def _cost(before: int, after: int) -> str:
+    verdict = "would cost more" if after > before else "would save nothing"
+    return f"it {verdict}: {after} weights instead of {before}"
 
 
 def _weights(first: Layer, second: Layer) -> tuple[int, int]:

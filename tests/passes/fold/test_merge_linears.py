@@ -60,10 +60,16 @@ def test_merges_a_pointwise_convolution_into_the_one_after() -> None:
 # Refuses -------------------------------------------------------------------------------------
 
 
-def test_refuses_what_would_cost_more() -> None:
-    model = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 64))
-    because = "it would cost more: 4096 weights instead of 512"
-    refuses(model, x(2, 64), MERGE, because=because)
+@pytest.mark.parametrize(
+    ("wide", "because"),
+    [
+        (4, "it would save nothing: 16 weights instead of 16"),
+        (64, "it would cost more: 4096 weights instead of 256"),
+    ],
+)
+def test_refuses_where_one_layer_is_no_less_work(wide: int, because: str) -> None:
+    model = nn.Sequential(nn.Linear(wide, 2), nn.Linear(2, wide))
+    refuses(model, x(2, wide), MERGE, because=because)
 
 
 def test_refuses_where_the_first_has_a_second_user() -> None:
