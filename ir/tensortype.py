@@ -68,6 +68,8 @@ def dim_text(dim: int | SymInt, symbols: Mapping[str, str]) -> int | str:
     if isinstance(dim, int):
         return dim
     expr = dim.node.expr
+    if expr.is_Symbol:  # nearly all are, and sympy's printer takes its time
+        return symbols.get(expr.name, str(expr.name))
     if expr.is_Integer:
         return int(expr)
     names = {s: sympy.Symbol(symbols[str(s)]) for s in expr.free_symbols if str(s) in symbols}
