@@ -6,12 +6,13 @@ Rewrite:
     x sigmoid(x),  x / (1 + exp(-x))                          ->  silu(x)
     clamp(x + 3, 0, 6) / 6                                    ->  hardsigmoid(x)
     x clamp(x + 3, 0, 6) / 6,  x hardsigmoid(x)               ->  hardswish(x)
-    log(1 + exp(x)),  log1p(exp(x))                           ->  softplus(x)
-    x tanh(softplus(x))                                       ->  mish(x)
+    x tanh(log(1 + exp(x))),  x tanh(softplus(x))             ->  mish(x)
+    log(1 + exp(x)),  log1p(exp(x))                           ->  softplus(x), if asked for
     in any order of operands: the formula is read as a polynomial in x and the function of x.
 Shapes:       x: any; the result has its shape and dtype
 Requires:     constants right to six digits (twelve in float64); nothing in between read elsewhere.
-Contract:     exact. Where exp overflows in the written-out form, the operator is finite.
+Contract:     exact. Softplus is recovered only where asked for: as written it is infinite once
+              exp(x) overflows (x above 88 in float32), where the operator gives x.
 Cost:         2 to 9 operators become one.
 Failures:     none; what does not fit is refused.
 Source:       Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016, sec. 2; Howard et al.,
@@ -177,12 +178,18 @@ class Softplus(Activation):
     name = "softplus"
     roots = frozenset({aten.log.default, aten.log1p.default})
 
+    def __init__(self, wanted: bool):
+        self.wanted = wanted
+
     def match(self, node: Node, program: Program) -> Match | Refusal | None:
         """Read the logarithm inwards."""
         seen: list[Node] = []
         x = softplus_argument(node, program, seen)
         if not isinstance(x, Node):
             return None
+        if not self.wanted:
+            why = "log(1 + exp(x)) is infinite for large x and softplus is not"
+            return self.refuse(node, f"{why}; the option softplus=true accepts that")
         if dtype_of(x) == torch.float64:
             return self.refuse(node, "softplus(x) is x above 20, which is not exact in float64")
         return self.decide(node, x, node, seen, aten.softplus.default)
@@ -210,7 +217,11 @@ class Logistic(Activation):
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverActivations(Pass):
-    """Recover GELU, SiLU, hard-swish and others from their formulas."""
+    """Recover GELU, SiLU, hard-swish and others from their formulas.
+
+    Attributes:
+        softplus: also recover softplus, which stays finite where its formula overflows.
+    """
 
     name: ClassVar[str] = "recover-activations"
     contract: ClassVar[Contract] = Contract.EXACT
@@ -220,6 +231,9 @@ class RecoverActivations(Pass):
         "Misra, Mish: A Self Regularized Non-Monotonic Activation Function, BMVC 2020, equation 1",
     )
 
+    softplus: bool = False
+
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Recover every activation."""
-        return self.apply_rules(program, context, [Gate(), Softplus(), Logistic()])
+        rules = [Gate(), Softplus(self.softplus), Logistic()]
+        return self.apply_rules(program, context, rules)

@@ -121,7 +121,7 @@ def _scores(node: Any, found: Attention, program: Program) -> str | None:  # noq
             if isinstance(masked, str):
                 return masked
             node, mask = masked
-            if found.scale != 1.0 and not found.masks:
+            if found.scale != 1.0:
                 return "the scores are scaled after the mask"
             found.masks.append(mask)
     return "the scores pass through too many operators"
@@ -132,7 +132,7 @@ def _added_product(node: Node, found: Attention) -> str | None:
     mask, found.query, found.key = node.args[:3]
     beta, alpha = argument(node, "beta"), argument(node, "alpha")
     if beta != 0:
-        if found.scale != 1.0 and not found.masks:
+        if found.scale != 1.0:
             return "the scores are scaled after the mask"
         if beta != 1:
             return "the mask of baddbmm is scaled"

@@ -83,14 +83,13 @@ def dtype_of(node: object) -> torch.dtype | None:
     return None if value is None else value.dtype
 
 
-def is_identity(node: object) -> bool:
+def is_identity(node: Any) -> bool:  # noqa: ANN401 - nodes or numbers
     """Whether a node returns its first argument's values in the same dtype and shape."""
     if is_op(node, aten.mul.Tensor, aten.div.Tensor):
-        if isinstance(node.args[1], Node) or node.args[1] != 1:  # type: ignore[union-attr]
+        if isinstance(node.args[1], Node) or node.args[1] != 1:
             return False
     elif not is_op(node, *SAME_VALUES):
         return False
-    assert isinstance(node, Node)
     if node.target in _DROPOUTS and argument(node, "train") and argument(node, "p"):
         return False
     return dtype_of(node) == dtype_of(node.args[0]) and shape_of(node) == shape_of(node.args[0])
@@ -149,11 +148,9 @@ def outside_user(seen: Iterable[Node], root: Node) -> Node | None:
         seen: interior nodes of a match.
         root: the node the rewrite replaces; who reads it does not matter.
     """
-    inside = {*seen, root}
-    for node in inside:
-        if node is not root and any(user not in inside for user in node.users):
-            return node
-    return None
+    interior = [node for node in seen if node is not root]
+    inside = {*interior, root}
+    return next((n for n in interior if any(user not in inside for user in n.users)), None)
 
 
 def has_other_user(node: Node, what: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from planish.ir.ops import argument, aten, is_op
@@ -32,11 +33,15 @@ _VARIANCES = frozenset({aten.var.correction, aten.var.dim})
 
 @dataclass
 class Norm:
-    """What was read so far, from the quotient inwards and then outwards to the affine part."""
+    """What was read so far, from the quotient inwards and then outwards to the affine part.
+
+    ``dims``, ``keepdim`` and ``dtype`` are those of the mean square.
+    """
 
     x: Node
     dims: Any
     keepdim: bool
+    dtype: torch.dtype | None
     eps: float
     centered: bool
     seen: list[Node] = field(default_factory=list)
@@ -104,16 +109,16 @@ def _statistics(numerator: Any, spread: Any, eps: float, seen: list[Node]) -> No
     else:
         return None
     seen.append(spread)
-    keepdim = bool(argument(spread, "keepdim"))
+    keepdim, dtype = bool(argument(spread, "keepdim")), dtype_of(spread)
     if mean is None:
-        return Norm(numerator, argument(spread, "dim"), keepdim, eps, False, seen)
+        return Norm(numerator, argument(spread, "dim"), keepdim, dtype, eps, False, seen)
     rank = len(shape_of(numerator) or ())
     if normal_dims(argument(mean, "dim"), rank) != normal_dims(argument(spread, "dim"), rank):
         return "mean and variance are taken over different dimensions"
     difference = skip(numerator, seen)
     seen.extend([difference, mean])
     keepdim = keepdim and bool(argument(mean, "keepdim"))
-    return Norm(difference.args[0], argument(spread, "dim"), keepdim, eps, True, seen)
+    return Norm(difference.args[0], argument(spread, "dim"), keepdim, dtype, eps, True, seen)
 
 
 def _mean_taken_off(node: Any) -> Any:  # noqa: ANN401 - a node or None

@@ -8,9 +8,10 @@ Rewrite:
 Shapes:       x: [..., N1..Nk];  m, v: [..., 1..1];  w, b: exactly [N1..Nk], constant or computed
 Requires:     statistics over the last dimensions, kept, of static size; eps a number inside the
               root; variance divided by n; nothing in between read elsewhere. A cast to float32
-              before and back after is taken in only where both are there.
+              before and back after is taken in only where both are there. A mean square taken in
+              float16 is refused: it overflows where the operator does not.
 Contract:     exact: the operator computes the same in float32 or wider, and rounds less often
-              where the written-out form worked in half precision.
+              where the written-out form worked in bfloat16.
 Cost:         4 to 9 operators become one.
 Failures:     none; what does not fit is refused.
 Source:       Ba, Kiros, Hinton, "Layer Normalization", 2016, eq. 3; Zhang, Sennrich, "Root Mean
@@ -90,6 +91,8 @@ class WholeNorm(Rule):
         sizes = shape[rank - len(dims) :]
         if not all(isinstance(size, int) for size in sizes):
             return self.refuse(node, "the size of a normalized dimension is dynamic")
+        if norm.dtype == torch.float16:
+            return self.refuse(node, "its mean square is in float16, which overflows above 256")
         end = grow(node, norm, sizes)
         if dtype_of(end) != dtype_of(norm.x):
             return self.refuse(node, "the operands are cast to another dtype on one side only")

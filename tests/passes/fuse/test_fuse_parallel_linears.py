@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planish.ir.capture import capture
+from planish.ir.program import Program
 from planish.ir.tensortype import SparseLayout
 from planish.passes.fuse.parallel_linears import FuseParallelLinears, joint_name, stack
 from tests.passes.fuse.modules import BATCH, Unary, assert_is_a_value, random
@@ -20,6 +21,10 @@ X = random(2, 6)
 class Projections(nn.Module):
     """Linears of the given sizes over one input; a negative size has no bias."""
 
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+
     def __init__(self, *sizes: int, width: int = 6, dtype: torch.dtype = torch.float32):
         super().__init__()
         torch.manual_seed(0)
@@ -29,6 +34,19 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return tuple(layer(x) for layer in self.children())
+
+
+def two_of_four(*, both: bool) -> Program:
+    """Two linears on one input, one or both with a weight that is typed 2:4."""
+    module = Projections(4, 4, width=8).eval()
+    with torch.no_grad():
+        for weight in (module.q.weight, module.k.weight):
+            weight.mul_(torch.tensor([1.0, 0, 1, 0] * 2))
+    program = capture(module, (random(2, 8),))
+    program.layouts["q.weight"] = SparseLayout(2, 4, 1)
+    if both:
+        program.layouts["k.weight"] = SparseLayout(2, 4, 1)
+    return program
 
 
 # Fires ---------------------------------------------------------------------------------------
@@ -69,7 +87,9 @@ def test_fuses_query_key_and_value_of_different_sizes() -> None:
 
 def test_a_missing_bias_among_others_is_zero_and_none_at_all_stays_none() -> None:
     mixed = check(Projections(3, -2), (X,), FUSE, changes=1).program
-    assert mixed.constants["q_k.bias"].tolist()[3:] == [0, 0]  # type: ignore[union-attr]
+    bias = mixed.constants["q_k.bias"]
+    assert isinstance(bias, Tensor)
+    assert bias.tolist()[3:] == [0, 0]
     bare = check(Projections(-3, -2), (X,), FUSE, changes=1).program
     assert set(bare.constants) == {"q_k.weight"}
 
@@ -115,9 +135,7 @@ def test_refuses_groups_beyond_its_limits() -> None:
 
 
 def test_refuses_weights_of_two_sparse_layouts() -> None:
-    program = capture(Projections(4, 4, width=8).eval(), (random(2, 8),))
-    program.layouts["q.weight"] = SparseLayout(2, 4, 1)
-    refuses(program, (), FUSE, "the weights differ in sparse layout")
+    refuses(two_of_four(both=False), (), FUSE, "the weights differ in sparse layout")
 
 
 @pytest.mark.parametrize(
@@ -170,10 +188,8 @@ def test_any_group_means_the_same(
 
 
 def test_keeps_a_common_sparse_layout() -> None:
-    program = capture(Projections(4, 4, width=8).eval(), (random(2, 8),))
-    layout = SparseLayout(2, 4, 1)
-    program.layouts.update({"q.weight": layout, "k.weight": layout})
-    assert check(program, (), FUSE, changes=1).program.layouts == {"q_k.weight": layout}
+    result = check(two_of_four(both=True), (), FUSE, changes=1)
+    assert result.program.layouts == {"q_k.weight": SparseLayout(2, 4, 1)}
 
 
 def test_each_output_says_which_linear_it_stands_for() -> None:

@@ -215,6 +215,16 @@ def returns_weights(_: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
         (lambda _, q, k, v: softmax(torch.tanh(scores(q, k))) @ v, "pass through aten.tanh"),
         (lambda _, q, k, v: softmax(scores(q, k) * v.mean()) @ v, "pass through aten.mul.Tensor"),
         (lambda _, q, k, v: softmax((scores(q, k) + v[0, 0, 0, 0]) * 2) @ v, "after the mask"),
+        (
+            lambda _, q, k, v: softmax((scores(q, k) + q[..., :5]) * 2 + k[..., :5]) @ v,
+            "after the mask",
+        ),
+        (
+            lambda _, q, k, v: (
+                (torch.baddbmm(q[0, :, :, :5], q[0], k[0].mT) * 2).softmax(-1) @ v[0]
+            ),
+            "after the mask",
+        ),
         (lambda _, q, k, v: softmax(scores(q, k) + v[0, 0, 0, 0]) @ v, "the scores is a number"),
         (lambda _, q, k, v: torch.softmax(scores(q, k), 2) @ v, "is not over the keys"),
         (lambda _, q, k, v: (softmax(scores(q, k)) * q.mean()) @ v, "aten.mul.Tensor after the"),

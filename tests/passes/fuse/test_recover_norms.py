@@ -182,6 +182,11 @@ def test_refuses(f: Callable[[Any, Tensor], Any], because: str) -> None:
     refuses(Unary(f), (X,), RECOVER, because)
 
 
+def test_refuses_a_mean_square_in_float16_but_not_one_in_float32() -> None:
+    refuses(Unary(rms_norm), (X.half(),), RECOVER, "in float16, which overflows above 256")
+    check(Unary(llama, w=W.half()), (X.half(),), RECOVER, changes=1)
+
+
 def test_refuses_a_normalized_dimension_of_dynamic_size() -> None:
     dims = ({2: LENGTH},)
     refuses(Unary(rms_norm), (X,), RECOVER, "normalized dimension is dynamic", dynamic_shapes=dims)
@@ -268,7 +273,7 @@ def test_leaves_other_readers_of_the_input_and_the_weight_alone() -> None:
     result = check(module, (X,), RECOVER, changes=1)
     (node,) = [n for n in result.program.operators if n.target is torch.ops.aten.rms_norm.default]
     assert node.meta["from"][:2] == ("recover-norms", "whole-norm")
-    assert result.program.constants["w"].data_ptr() == module.w.data_ptr()  # type: ignore[operator, union-attr]
+    assert result.program.constants["w"].data_ptr() == module.w.data_ptr()  # type: ignore[operator]
 
 
 def test_is_a_value() -> None:
