@@ -9,7 +9,7 @@ from planish.passes.base import Contract
 from planish.passes.instruments import default_instruments
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
-from planish.tools.bench.scaling import KINDS, LIMIT_SECONDS, build, measure, table
+from planish.tools.bench.scaling import KINDS, LIMIT_SECONDS, build, count_calls, measure, table
 
 EXACT = Recipe.parse("exact")
 
@@ -47,6 +47,14 @@ def test_exact_takes_less_than_a_second_on_two_thousand_nodes(kind: str) -> None
     assert point.seconds < LIMIT_SECONDS, table([point])
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_work_of_exact_is_linear_in_nodes(kind: str) -> None:
+    small, large = build(kind, 300), build(kind, 1200)
+    count_calls(small, EXACT)  # imports and caches are paid here
+    per_node = [count_calls(p, EXACT) / len(p.graph.nodes) for p in (small, large)]
+    assert per_node[1] < 1.05 * per_node[0]
+
+
 def test_the_curve_is_printed_with_its_growth() -> None:
     small = measure("mlp", 40, EXACT, 1, None)
     large: Any = measure("mlp", 80, EXACT, 1, small)
@@ -57,4 +65,4 @@ def test_the_curve_is_printed_with_its_growth() -> None:
         ["mlp", str(small.nodes)],
         ["mlp", str(large.nodes)],
     ]
-    assert lines[3] == f"at {large.nodes} nodes:"
+    assert lines[3] == f"at {large.nodes} nodes, by wall time:"

@@ -5,15 +5,17 @@
 A block is captured once, with a dynamic batch, and repeated until the graph has as many nodes as
 asked for; every copy has weights of its own. The best CPU time of the rounds is shown (one thread
 computes, so it is the wall time of an idle machine), with the exponent of the growth since the size
-before (1 is linear), and where the time went at the largest size.
+before (1 is linear), and where the time went at the largest size. The number of function calls per
+node does not depend on the machine: where it stays the same, the passes are linear.
 """
 
 from __future__ import annotations
 
+import cProfile
 import json
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -137,12 +139,8 @@ class Point:
     changes: int
     nodes_after: int
     exponent: float | None  # of the growth since the size before
-    passes: dict[str, float]  # seconds by pass
-
-    @property
-    def around(self) -> float:
-        """Seconds outside of the passes: clones, and finding out what changed."""
-        return self.seconds - sum(self.passes.values())
+    calls: int  # Python and C calls, which no load on the machine disturbs
+    parts: dict[str, float]  # wall seconds by pass, and of what is around them
 
 
 def measure(kind: str, nodes: int, recipe: Recipe, rounds: int, before: Point | None) -> Point:
@@ -157,36 +155,44 @@ def measure(kind: str, nodes: int, recipe: Recipe, rounds: int, before: Point | 
             best = (seconds, run)
     assert best is not None
     seconds, run = best
-    passes: Counter[str] = Counter()
+    passes: defaultdict[str, float] = defaultdict(float)
     for record in run.records:
-        passes[record.name] += record.seconds  # type: ignore[assignment]  # a float counts as well
+        passes[record.name] += record.seconds
     count = len(program.graph.nodes)
     exponent = None
     if before is not None:
         exponent = math.log(seconds / before.seconds) / math.log(count / before.nodes)
     changes = sum(len(record.changes) for record in run.records)
     after = len(run.program.graph.nodes)
-    return Point(kind, count, seconds, changes, after, exponent, dict(passes))
+    passes["(clones and comparisons)"] = run.seconds - sum(passes.values())
+    calls = count_calls(program, recipe)
+    return Point(kind, count, seconds, changes, after, exponent, calls, dict(passes))
+
+
+def count_calls(program: Program, recipe: Recipe) -> int:
+    """How many functions are called while a recipe runs: the same number every time."""
+    profile = cProfile.Profile()
+    profile.runcall(run_pipeline, program, recipe)
+    return int(sum(entry.callcount for entry in profile.getstats()))
 
 
 def table(points: list[Point]) -> str:
     """The curve as text."""
     lines = [
         f"{'kind':<10}{'nodes':>8}{'after':>8}{'changes':>9}{'ms':>10}{'us/node':>9}{'exponent':>10}"
+        f"{'calls/node':>12}"
     ]
     for p in points:
         exponent = "" if p.exponent is None else f"{p.exponent:.2f}"
         per_node = 1e6 * p.seconds / p.nodes
         lines.append(
             f"{p.kind:<10}{p.nodes:>8}{p.nodes_after:>8}{p.changes:>9}{1e3 * p.seconds:>10.1f}"
-            f"{per_node:>9.1f}{exponent:>10}"
+            f"{per_node:>9.1f}{exponent:>10}{p.calls / p.nodes:>12.1f}"
         )
     last = points[-1]
-    parts = sorted(
-        {**last.passes, "(clones and comparisons)": last.around}.items(), key=lambda i: -i[1]
-    )
-    lines.append(f"at {last.nodes} nodes:")
-    lines += [f"  {name:<36}{1e3 * seconds:>10.1f} ms" for name, seconds in parts[:10]]
+    lines.append(f"at {last.nodes} nodes, by wall time:")
+    longest = sorted(last.parts.items(), key=lambda item: -item[1])[:10]
+    lines += [f"  {name:<36}{1e3 * seconds:>10.1f} ms" for name, seconds in longest]
     return "\n".join(lines)
 
 
