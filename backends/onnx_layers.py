@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from planish.backends.onnx_bins import average_bins
 from planish.backends.onnx_dims import dim_of, dims_of, product
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_pointwise import on_base
@@ -337,7 +338,7 @@ def _adaptive_avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
         axes = e.constant([i - spatial for i in reduced])
         return e.op("ReduceMean", e.value(source), axes, keepdims=1) if reduced else e.view(source)
     if not all(isinstance(s, int) and isinstance(g, int) and s % g == 0 for s, g in pairs):
-        return None
+        return average_bins(e, node, e.value(source), pairs, dtype_of(node.meta["val"]))
     kernel = [int(s) // int(g) for s, g in pairs]
     x, added = _with_batch(e, node, spatial)
     result = e.op("AveragePool", x, kernel_shape=kernel, strides=kernel)
