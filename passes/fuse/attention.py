@@ -12,7 +12,7 @@ Contract:     exact. A mask that fills with -inf becomes Boolean; one that fills
               number is added, which is the same as filling where the number swallows the score
               (always where a row keeps a key; elsewhere for scores below eps |number| / 4, which
               is 30 for -1e9 in float32). A row masked everywhere with -inf is NaN as written and
-              0 in torch's operator: Equal asks nothing where the reference is not finite.
+              0 in torch's operator: Equal asks nothing where the reference is NaN.
 Cost:         6 to 12 operators become one; no scores in memory where the runtime fuses it.
 Failures:     none; what does not fit is refused.
 Source:       Vaswani et al., "Attention Is All You Need", NeurIPS 2017, eq. 1.
