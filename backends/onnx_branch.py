@@ -19,6 +19,7 @@ from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_view import Table, dtype_of
 from planish.ir.errors import UnsupportedError
+from planish.ir.ops import ASSERTIONS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -90,7 +91,8 @@ def _emit_branch(e: Emitter, module: GraphModule, operands: tuple[Any, ...]) -> 
             if isinstance(tensor, Tensor):
                 e.hold(inner, e.tensor(tensor, str(inner.target)))
         elif inner.op == "call_function":
-            emit_operator(e, inner)
+            if inner.users and inner.target not in ASSERTIONS:
+                emit_operator(e, inner)
         else:
             results = inner.args[0]
             return list(results) if isinstance(results, (list, tuple)) else [results]

@@ -68,18 +68,23 @@ class _UntranslatableError(Exception):
 
 
 def _decomposed(program: Program, node: Node, opset: int) -> Program:
+    """A copy with this node taken apart, and all that ask for the same thing."""
     from planish.backends.onnx_fallback import decompose, in_library, unsupported
 
     if node.graph is not program.graph:
         raise unsupported(node, "inside a branch, it cannot be taken apart")
     copy = program.clone()
-    twin = next(n for n in copy.graph.nodes if n.name == node.name)
-    decompose(
-        copy,
-        [twin],
-        lambda t: t is not node.target and (_known(t) or in_library(t, opset)),
-    )
+    asked = _request(node)
+    alike = [n for n in copy.operators if n.target is node.target and _request(n) == asked]
+    decompose(copy, alike, lambda t: t is not node.target and (_known(t) or in_library(t, opset)))
     return copy
+
+
+def _request(node: Node) -> str:
+    """The arguments that are no tensors, as text."""
+    plain = [a for a in node.args if not isinstance(a, Node)]
+    options = {k: v for k, v in node.kwargs.items() if not isinstance(v, Node)}
+    return f"{plain} {options}"
 
 
 def emit_nodes(e: Emitter) -> None:

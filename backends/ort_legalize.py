@@ -48,7 +48,7 @@ class Choice:
 
 
 CHOICES: tuple[Choice, ...] = (
-    Choice("residual", "sum", "add", (aten.layer_norm.default,)),
+    Choice("residual", "sum", "add", (aten.layer_norm.default, aten.rms_norm.default)),
     Choice("linear", "gemm", "matmul", (aten.linear.default,)),
     Choice(
         "attention", "operator", "matmul", (aten.scaled_dot_product_attention.default,), opset=23
