@@ -12,15 +12,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from planish.ir.calling import Call, bind, input_names, output_names
-from planish.ir.capture_errors import check_model, check_sample, explain
-from planish.ir.dims import enlarge_singletons, legal_ranges, named_symbols
-from planish.ir.errors import CaptureError, UnsupportedError
+from planish.ir.capture_errors import (
+    check_model,
+    check_sample,
+    explain,
+    fails_itself,
+    quiet,
+    uncompiled,
+)
+from planish.ir.compare import difference
+from planish.ir.dims import (
+    Axis,
+    dynamic_axes,
+    enlarge_singletons,
+    explicit_shapes,
+    legal_ranges,
+    named_symbols,
+)
+from planish.ir.errors import CaptureError, PlanishError, UnsupportedError, describe
+from planish.ir.execute import run
 from planish.ir.functionalize import (
     drop_aliases,
     drop_assertions,
@@ -28,7 +46,9 @@ from planish.ir.functionalize import (
     make_functional,
     written_inputs,
 )
+from planish.ir.ops import is_pure_call
 from planish.ir.program import Constant, Program, Signature
+from planish.ir.rehearse import register_dataclasses, rehearse, untouched
 
 
 def capture(
@@ -52,12 +72,18 @@ def capture(
     """
     if isinstance(model, ExportedProgram):
         return from_exported(model)
+    model = uncompiled(model)
     check_model(model)
     call = bind(model, args, dict(kwargs or {}))
     check_sample(model, call)
-    traced, dims = enlarge_singletons(call, dynamic_shapes)
-    exported = _export(model, traced, dynamic_shapes)
-    return _build(exported, call, symbols=named_symbols(exported, dims, call))
+    register_dataclasses((call.args, call.kwargs))
+    shapes = explicit_shapes(model, call, dynamic_shapes)
+    axes = dynamic_axes(model, call, shapes)
+    exported, remarks = _export_enlarged(model, call, shapes, axes)
+    symbols, smallest = named_symbols(exported, axes, call)
+    program = _build(exported, call, symbols, legal_ranges(exported, smallest), remarks)
+    _compare_with_model(model, call, program)
+    return program
 
 
 def from_exported(exported: ExportedProgram) -> Program:
@@ -72,23 +98,95 @@ def from_exported(exported: ExportedProgram) -> Program:
     names = exported.module_call_graph[0].signature
     forward = getattr(names, "forward_arg_names", None) if names is not None else None
     call = Call(spec_args, spec_kwargs, tuple(forward or ()), {})
-    return _build(exported, call, symbols={})
+    return _build(exported, call, {}, legal_ranges(exported, {}), [])
+
+
+def _export_enlarged(
+    model: nn.Module,
+    call: Call,
+    dynamic_shapes: Any,  # noqa: ANN401 - as torch.export takes it
+    axes: list[Axis],
+) -> tuple[ExportedProgram, list[str]]:
+    """Trace with samples of size 1 enlarged; returns remarks, too."""
+    traced = enlarge_singletons(call, axes)
+    try:
+        return _export(model, traced, dynamic_shapes), []
+    except CaptureError as error:
+        if traced is call:
+            raise
+        # Where torch may choose, a sample of size 1 that only fits as it is becomes static.
+        required = [axis for axis in axes if not axis.optional]
+        if len(required) == len(axes):
+            raise CaptureError(
+                error.what,
+                where=error.where,
+                hint="an example of size 1 in a dynamic dimension was traced at a larger size; "
+                "if the model needs 1 there, leave the dimension static",
+            ) from error
+    exported = _export(model, enlarge_singletons(call, required), dynamic_shapes)
+    return exported, ["a dimension of size 1 became static: the model needs it to be 1"]
 
 
 def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:  # noqa: ANN401
     try:
-        # Under no_grad, torch.no_grad blocks of the model leave no operators behind.
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(
-                model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False
-            )
+        return _torch_export(model, call, dynamic_shapes)
     except Exception as error:  # torch.export raises dozens of kinds; each is explained
+        # Perhaps the model fails on these inputs, traced or not; perhaps torch only lacks to know
+        # the dataclasses of the result.
+        try:
+            result = rehearse(model, call, copy_parameters=True)
+        except Exception as own:  # the caller's model may fail in any way
+            raise fails_itself(own) from own
+        if not register_dataclasses(result):
+            raise explain(error) from error
+    try:
+        return _torch_export(model, call, dynamic_shapes)
+    except Exception as error:  # as above
         raise explain(error) from error
 
 
-def _build(exported: ExportedProgram, call: Call, symbols: dict[str, str]) -> Program:
-    remarks = _side_effects(exported)
+def _torch_export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:  # noqa: ANN401
+    # Under no_grad, torch.no_grad blocks of the model leave no operators behind.
+    with untouched(model), torch.no_grad(), warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False
+        )
+
+
+def _compare_with_model(model: nn.Module, call: Call, program: Program) -> None:
+    """Hold the program to what the model returns for the example inputs.
+
+    Raises:
+        CaptureError: the model fails, or they differ. A sample of size 1 is smaller than what was
+            traced, and a model may treat size 1 specially.
+    """
+    try:
+        expected = rehearse(model, call)  # a write into a parameter was refused by now
+    except Exception as error:  # the caller's model may fail in any way
+        raise fails_itself(error) from error
+    with torch.random.fork_rng(devices=[]):
+        try:
+            outputs = run(program, program.samples[0])
+            problem = difference(pytree.tree_leaves(expected), outputs)
+        except PlanishError as error:
+            problem = error.what
+    if problem is not None:
+        raise CaptureError(
+            f"the traced graph is not the model: on the example inputs, {problem}",
+            hint="if a dynamic dimension has size 1 there, leave it static or pass a larger "
+            "example; otherwise forward depends on state that a graph cannot hold",
+        )
+
+
+def _build(
+    exported: ExportedProgram,
+    call: Call,
+    symbols: dict[str, str],
+    ranges: dict[str, tuple[int, int | None]],
+    remarks: list[str],
+) -> Program:
+    remarks = [*remarks, *_side_effects(exported)]
     if not is_functional(exported.graph):
         # Writes into views: torch's own functionalization knows every aliasing rule.
         with warnings.catch_warnings():
@@ -97,6 +195,13 @@ def _build(exported: ExportedProgram, call: Call, symbols: dict[str, str]) -> Pr
         _side_effects(exported)
     graph, constants, fixed = _unlift(exported)
     make_functional(graph)
+    remarks += [
+        f"forward draws random numbers even in evaluation mode: {describe(node)}"
+        for node in graph.nodes
+        if isinstance(node.target, OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+        and not is_pure_call(node)
+    ]
     dropped = drop_assertions(graph)
     if dropped:
         remarks.append(f"{dropped} run-time assertions of the traced model were dropped")
@@ -110,7 +215,7 @@ def _build(exported: ExportedProgram, call: Call, symbols: dict[str, str]) -> Pr
         out_spec=exported.call_spec.out_spec,
         output_names=output_names(exported.call_spec.out_spec, taken=names),
         symbols=symbols,
-        ranges=legal_ranges(exported),
+        ranges=ranges,
         defaults=call.defaults,
     )
     program = Program(graph, constants, signature, remarks=tuple(remarks))

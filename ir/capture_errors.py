@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import re
+import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +24,65 @@ _TORCH = str(Path(torch.__file__).parent)
 _PLANISH = str(Path(__file__).resolve().parent)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped, where it did."""
+    inner = getattr(model, "_orig_mod", None)
+    if type(model).__name__ == "OptimizedModule" and isinstance(inner, nn.Module):
+        return inner
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what torch prints about a failing trace to itself, unless the caller asked for its logs.
+
+    It logs, and prints pieces of graphs to standard error; what matters of them is in the error.
+    What the model itself prints passes.
+    """
+    if "TORCH_LOGS" in os.environ:
+        yield
+        return
+    known = logging.root.manager.loggerDict
+    loggers = [logging.getLogger(name) for name in known if name.split(".")[0] == "torch"]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    for handler in handlers:
+        handler.addFilter(_refuse)
+    try:
+        with redirect_stderr(_WithoutGraphs(sys.stderr)):
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_refuse)
+
+
+def _refuse(_record: logging.LogRecord) -> bool:
+    return False
+
+
+class _WithoutGraphs(io.TextIOBase):
+    """A stream that swallows the printed code of traced graphs, and the line end after it."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.swallowed = False
+
+    def write(self, text: str, /) -> int:
+        is_graph = "def forward(self" in text
+        if not is_graph and not (self.swallowed and text == "\n"):
+            self.stream.write(text)
+        self.swallowed = is_graph
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
 def check_model(model: object) -> None:
     """Refuse what must not be traced.
 
     Raises:
         UsageError: not a module.
-        CaptureError: training mode, no values, or values that are not numbers.
+        CaptureError: TorchScript, training mode, no values, or values that are not numbers.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -30,6 +90,11 @@ def check_model(model: object) -> None:
             hint="pass the model itself, not its state dict, class or file name",
         )
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                "the model is TorchScript" + (f" (submodule {name!r})" if name else ""),
+                hint="pass the nn.Module that it was scripted or traced from",
+            )
         if module.training:
             kind = type(module).__name__
             raise CaptureError(
@@ -76,6 +141,16 @@ def user_line(error: BaseException) -> str | None:
     return None
 
 
+def fails_itself(error: Exception) -> CaptureError:
+    """The error for a model that fails on the example inputs, without being traced."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return CaptureError(
+        f"the model itself fails on the example inputs: {type(error).__name__}: {text}",
+        where=user_line(error),
+        hint="pass inputs of the types, shapes and values that forward takes",
+    )
+
+
 def explain(error: Exception) -> PlanishError:
     """Turn whatever ``torch.export`` raised into one clear error."""
     text = str(error)
@@ -100,8 +175,18 @@ def explain(error: Exception) -> PlanishError:
             if fixes
             else "narrow the range, or make the dimension static",
         )
-    if "Unsupported output type" in text or "not a registered pytree" in text.lower():
+    unknown = re.search(r"(Found|Unsupported input type) <class '([^']+)'>", text)
+    if unknown is not None:
+        verb = "returns" if unknown[1] == "Found" else "takes"
         return CaptureError(
-            first, where=where, hint="torch.export.register_dataclass makes such a type known"
+            f"forward {verb} a {unknown[2]}, which cannot be taken apart into tensors",
+            where=where,
+            hint="use tuples, lists, dicts, named tuples or dataclasses of tensors, or register "
+            "the class with torch.utils._pytree.register_pytree_node",
+        )
+    if kind == "AssertionError" and "tree_name" in text:
+        return CaptureError(
+            "torch.export cannot make dimensions of **kwargs inputs dynamic",
+            hint="name these inputs in the signature of forward",
         )
     return CaptureError(f"the model could not be traced: {kind}: {first}", where=where)

@@ -118,9 +118,9 @@ def make_functional(graph: Graph) -> None:
         written = node.args[position]
         assert isinstance(written, Node)
         later = [u for u in written.users if order.get(u, 0) > order[node]]
-        _to_functional(graph, node)
+        result = _to_functional(graph, node)
         for user in later:
-            user.replace_input_with(written, node)
+            user.replace_input_with(written, result)
     _recover_batch_norm(graph)
 
 
@@ -128,25 +128,27 @@ def _has_form(node: Node) -> bool:
     return node.target is aten.copy_.default or functional_form(node.target) is not None
 
 
-def _to_functional(graph: Graph, node: Node) -> None:
+def _to_functional(graph: Graph, node: Node) -> Node:
+    """Make a call functional; returns the node that holds the new value of what was written."""
     if node.target is aten.copy_.default:
         # x.copy_(y) gives x's shape and dtype the values of y.
         node.target = aten.copy.default
         node.args = (node.args[0], node.args[1])
         node.kwargs = {}
-        return
+        return node
     node.target = functional_form(node.target)  # type: ignore[assignment]
     if node.target in ELEMENTWISE_UNARY and node.target is not aten.logical_not.default:
-        return
+        return node
     # x.add_(y) keeps x's dtype, whatever x + y would be.
     wanted, found = node.meta["val"], _result(node)
     if found.dtype == wanted.dtype:
-        return
+        return node
     node.meta["val"] = found
     with graph.inserting_after(node):
         cast = graph.call_function(aten.to.dtype, (node, wanted.dtype))
     cast.meta = {**node.meta, "val": wanted}
     node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    return cast
 
 
 def _result(node: Node) -> Tensor:

@@ -102,7 +102,7 @@ class Signature:
             if name in given:
                 raise UsageError(f"input {name!r} was given twice")
             if name not in self.parameters:
-                if name in self.defaults and value is self.defaults[name]:
+                if name in self.defaults and _is_default(value, self.defaults[name]):
                     continue
                 raise UsageError(
                     f"unknown input {name!r}",
@@ -134,6 +134,11 @@ class Signature:
     def unflatten(self, outputs: tuple[Any, ...]) -> Any:  # noqa: ANN401 - the caller's structure
         """Rebuild the caller's output structure from flat outputs."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+
+def _is_default(value: object, default: object) -> bool:
+    plain = type(value) is type(default) and isinstance(value, (bool, int, float, str))
+    return value is default or (plain and value == default)
 
 
 class Program:
@@ -276,10 +281,17 @@ class Program:
         self.touch()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the caller's structure
-        """Run the program with the caller's own signature and output structure."""
+        """Run the program with the caller's own signature and output structure.
+
+        Raises:
+            UsageError: the inputs are not of the types and sizes it was captured for.
+        """
+        from planish.ir.contract import check_inputs
         from planish.ir.execute import run
 
-        return self.signature.unflatten(run(self, self.signature.flatten(args, kwargs)))
+        inputs = self.signature.flatten(args, kwargs)
+        check_inputs(self, inputs)
+        return self.signature.unflatten(run(self, inputs))
 
     def __str__(self) -> str:
         from planish.ir.text import text
