@@ -20,7 +20,7 @@ from planish.ir.program import Program
 from planish.ir.rewriter import Change
 from planish.ir.snapshot import Snapshot
 from planish.passes.base import PassContext, PassResult
-from planish.passes.changed import differs, unrecorded
+from planish.passes.changed import Untouched, differs, unrecorded
 from planish.passes.recipe import Recipe, options_text, step_text
 from planish.passes.registry import check_class
 from planish.passes.steps import Instrument, Run, Step, StepRecord, Version
@@ -86,6 +86,7 @@ class _Driver:
         self.shared = Snapshot(run.original)
         # A clone that a pass got and left as it was is still private: the next pass gets it.
         self.spare: Program | None = None
+        self.handed: Untouched | None = None
 
     def go(self) -> None:
         entered: list[Instrument] = []
@@ -152,9 +153,16 @@ class _Driver:
     def run_pass(self, step: Step) -> PassResult:
         before, record, sites = self.run.program, step.record, self.run.context.sites
         first = sites.count + 1
-        result = self.call(step, self.spare or before.clone())
+        private = self.spare
+        if private is None or self.handed is None:
+            private = before.clone() if private is None else private
+            self.handed = Untouched(private)
         self.spare = None
-        changed = differs(before, result.program)
+        result = self.call(step, private)
+        changed = False
+        if not self.handed.holds(result.program):
+            self.handed = None
+            changed = differs(before, result.program)
         result = self.judge(step, result, changed)
         record.ran = True
         record.changed = result.program is not before

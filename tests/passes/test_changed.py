@@ -1,5 +1,6 @@
 """Whether a program changed: by its text and its constants, whatever anybody claims."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from planish.ir import Program, capture, text
 from planish.ir.rewriter import Change
-from planish.passes.changed import differs, outline, unrecorded
+from planish.ir.tensortype import SparseLayout
+from planish.passes.changed import Untouched, differs, outline, unrecorded
 
 aten = torch.ops.aten
 
@@ -144,6 +146,30 @@ def test_text_decides_whatever_was_edited(program: Program, edits: list[Any]) ->
     for edit in edits:
         edit(after)
     assert differs(program, after) == (text(program) != text(after))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_program_is_untouched_as_long_as_nobody_edits_it(program: Program, edit: Any) -> None:
+    private = program.clone()
+    handed = Untouched(private)
+    assert handed.holds(private)
+    assert not handed.holds(program)
+    assert not handed.holds(private.clone())
+    edit(private)
+    assert not differs(program, private) or not handed.holds(private)
+
+
+def test_another_constant_or_layout_touches_a_program(program: Program) -> None:
+    changes: list[Callable[[Program], Any]] = [
+        lambda p: p.constants.update({"first.bias": torch.zeros(4)}),
+        lambda p: p.constants.pop("first.bias"),
+        lambda p: p.layouts.update({"first.weight": SparseLayout(2, 4, 1)}),
+    ]
+    for change in changes:
+        private = program.clone()
+        handed = Untouched(private)
+        change(private)
+        assert not handed.holds(private)
 
 
 def test_an_equal_tensor_that_is_another_object_is_a_change(program: Program) -> None:
