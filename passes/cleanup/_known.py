@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -64,8 +63,8 @@ def _is_static(value: object) -> bool:
 
 def _objection(node: Node) -> str | None:
     """Why an operator on constants is not computed early."""
-    if not isinstance(node.target, OpOverload):
-        return None if node.target is operator.getitem else "it has a body of its own"
+    if node.target is operator.getitem:
+        return None
     name = op_name(node.target)
     if "dequantize" in name:
         return "folding it would undo the quantization"

@@ -20,7 +20,7 @@ Source:    Wegman and Zadeck, "Constant Propagation with Conditional Branches", 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,9 +40,36 @@ from planish.passes.cleanup._memory import escapes
 _FOLD, _SIZE = "FoldConstant", "FoldSize"
 
 
-def growth_bytes(result: Tensor, freed: Iterable[Tensor]) -> int:
-    """By how much the constants grow if ``result`` is stored and ``freed`` are dropped."""
-    return size_bytes(result) - sum(size_bytes(tensor) for tensor in freed)
+def growth_bytes(result: int, freed: Mapping[str, int]) -> int:
+    """By how many bytes the constants grow if a result is stored and others are dropped."""
+    return result - sum(freed.values())
+
+
+class _Ledger:
+    """Which constants the folds free; what one fold has gained by, no other can gain by again."""
+
+    def __init__(self, program: Program):
+        self.readers: dict[str, list[Node]] = defaultdict(list)
+        self.left: dict[str, int] = {}
+        for reader in program.graph.find_nodes(op="get_attr"):
+            held = program.constant(reader)
+            if held is not None:
+                self.readers[str(reader.target)].append(reader)
+                self.left[str(reader.target)] = size_bytes(held)
+
+    def freed(self, leaves: Iterable[str], known: Mapping[Node, Known]) -> dict[str, int]:
+        """Bytes of the constants among these that nobody unknown reads, as far as not spent."""
+        return {
+            name: self.left[name]
+            for name in sorted(leaves)
+            if all(user in known for reader in self.readers[name] for user in reader.users)
+        }
+
+    def spend(self, freed: Mapping[str, int], needed: int) -> None:
+        """Set what a result needs against what it frees."""
+        for name, held in freed.items():
+            self.left[name] = held - min(held, needed)
+            needed -= min(held, needed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +124,16 @@ class FoldConstants(Pass):
         A refused value counts as unknown, so its operands are asked again, until nothing changes.
         """
         order = [n for n in reversed(program.operators) if n in known]
-        readers: dict[str, list[Node]] = defaultdict(list)
-        for reader in program.graph.find_nodes(op="get_attr"):
-            readers[str(reader.target)].append(reader)
         stored: set[Node] = set()
         settled = False
         while not settled:
             settled = True
             stored.clear()
+            ledger = _Ledger(program)
             for node in order:
                 if node not in known or all(user in known for user in node.users):
                     continue
-                reason = self._reason(node, program, known, readers)
+                reason = self._reason(node, program, known, ledger)
                 if reason is None:
                     stored.add(node)
                     continue
@@ -118,11 +143,7 @@ class FoldConstants(Pass):
         return stored
 
     def _reason(
-        self,
-        node: Node,
-        program: Program,
-        known: dict[Node, Known],
-        readers: dict[str, list[Node]],
+        self, node: Node, program: Program, known: dict[Node, Known], ledger: _Ledger
     ) -> str | None:
         """Why a known value is not stored."""
         value, leaves = known[node].value, known[node].leaves
@@ -135,17 +156,14 @@ class FoldConstants(Pass):
         sparse = [name for name in sorted(leaves) if name in program.layouts]
         if sparse:
             return f"@{sparse[0]} is {program.layouts[sparse[0]]}, which the result would not be"
-        freed = [
-            program.constants[name]
-            for name in sorted(leaves)
-            if all(user in known for reader in readers[name] for user in reader.users)
-        ]
-        growth = growth_bytes(value, [t for t in freed if isinstance(t, Tensor)])
+        freed, needed = ledger.freed(leaves, known), size_bytes(value)
+        growth = growth_bytes(needed, freed)
         if growth > self.max_growth_bytes:
             return (
                 f"the file would grow by {growth} bytes, more than "
                 f"max_growth_bytes={self.max_growth_bytes}"
             )
+        ledger.spend(freed, needed)
         return None
 
 

@@ -15,6 +15,7 @@ from planish.ir.execute import run
 from planish.ir.rewriter import Rewriter, SiteCounter
 from planish.ir.tensortype import SparseLayout
 from planish.passes.base import PassContext
+from planish.passes.cleanup import _known
 from planish.passes.cleanup.fold_constants import FoldConstants, growth_bytes
 from planish.passes.recipe import Recipe
 from tests.passes.cleanup.graphs import Of, captured, edited
@@ -147,7 +148,33 @@ def test_refuses_a_sparse_constant() -> None:
     refuses(program, (), FoldConstants(), "sparse<2:4, axis=1>")
 
 
-def test_refuses_a_part_of_several_results() -> None:
+def test_refuses_to_undo_a_quantization() -> None:
+    library = torch.library.Library("planish_test", "FRAGMENT")
+    library.define("dequantize(Tensor q) -> Tensor")
+    library.impl("dequantize", lambda q: q * 0.5, "CompositeExplicitAutograd")
+    dequantize = torch.ops.planish_test.dequantize
+    module = Of(lambda x, q: x + dequantize(q), q=torch.ones(3, dtype=torch.int8))
+    refuses(module, (torch.randn(3),), FoldConstants(), "undo the quantization")
+
+
+def test_refuses_an_evaluation_that_takes_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_known, "_SCRATCH_BYTES", 1 << 20)
+    module = Of(lambda x, w: x + w.repeat(90000, 1).sum(), w=torch.ones(3))
+    refuses(module, (torch.randn(3),), FoldConstants(), "takes more than 1 MiB")
+
+
+def test_several_results_stay_together_where_one_must() -> None:
+    """Half of a weight that others read would be a copy, so nothing of the split is folded."""
+    found = refuses(
+        Of(lambda x, w: x * w.chunk(2)[0] + x * w, w=torch.randn(2, 3)),
+        (torch.randn(2, 3),),
+        FoldConstants(max_growth_bytes=0),
+        "it returns several tensors",
+    )
+    assert sum("grow by 12 bytes" in r.reason for r in found.refusals) == 1
+
+
+def test_branches_of_conditions_stay() -> None:
     module = Of(lambda x, w: torch.cond(x.sum() > 0, lambda t: t + w, lambda t: t - w, (x,)), w=W3)
     unchanged(module, (torch.randn(3),), FoldConstants())
 
@@ -207,9 +234,18 @@ def test_folding_gives_what_the_operators_give(steps: list[str], rows: int) -> N
 
 
 def test_growth_is_what_the_result_takes_beyond_what_it_frees() -> None:
-    assert growth_bytes(torch.ones(4), []) == 16
-    assert growth_bytes(torch.ones(4), [torch.ones(2), torch.ones(2, dtype=torch.int8)]) == 6
-    assert growth_bytes(torch.ones(1).expand(1000), []) == 4000
+    assert growth_bytes(16, {}) == 16
+    assert growth_bytes(16, {"v": 8, "w": 2}) == 6
+
+
+def test_what_is_freed_counts_once() -> None:
+    """Two copies of a weight in other layouts: one takes its place, the other is growth."""
+    module = Of(lambda x, w: x @ w.t() + x @ w.flip(0), w=torch.randn(3, 3))
+    args = (torch.randn(2, 3),)
+    refuses(module, args, FoldConstants(max_growth_bytes=0), "grow by 36 bytes", changes=0)
+    check(module, args, FoldConstants(max_growth_bytes=36), changes=2)
+    thirds = Of(lambda x, w: x @ w[:1].t() + x @ w[1:2].t() + x @ w[2:].t(), w=torch.randn(3, 3))
+    check(thirds, args, FoldConstants(max_growth_bytes=0), changes=3)
 
 
 # -- Neighbors --------------------------------------------------------------------------------
