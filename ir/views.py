@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
-import networkx
 from torch.fx import Node
 
 from planish.ir.program import Program
@@ -23,6 +22,8 @@ def dataflow(program: Program) -> Digraph:
 
     Vertices are the program's nodes, the output included, in topological order.
     """
+    import networkx  # costs 0.15 s, and few programs are looked at this way
+
     graph: Digraph = networkx.DiGraph()
     graph.add_nodes_from(program.graph.nodes)
     for node in program.graph.nodes:
@@ -60,10 +61,14 @@ class Dataflow:
 
     def descendants(self, node: Node) -> set[Node]:
         """Everything that depends on a node, without itself."""
+        import networkx
+
         return set(networkx.descendants(self.graph, node))
 
     def ancestors(self, node: Node) -> set[Node]:
         """Everything a node depends on, without itself."""
+        import networkx
+
         return set(networkx.ancestors(self.graph, node))
 
     def between(self, source: Node, target: Node) -> list[Node]:
@@ -116,6 +121,8 @@ class Dataflow:
         Returns:
             The regions in the order of their first nodes, each in topological order.
         """
+        import networkx
+
         members = [node for node in self.order if belongs(node)]
         graph: Digraph = networkx.Graph()
         graph.add_nodes_from(members)
@@ -131,6 +138,8 @@ class Dataflow:
 
 def _immediate(graph: Digraph, starts: Iterable[Node]) -> dict[Node | None, Node | None]:
     """Immediate dominators from a virtual start (None) before all starts."""
+    import networkx
+
     rooted = graph.copy()
     root = object()
     rooted.add_edges_from((root, start) for start in starts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata, util
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -56,7 +58,7 @@ def examine() -> dict[str, object]:
         providers = list(onnxruntime.get_available_providers())
         if "CPUExecutionProvider" not in providers:
             problems.append("this onnxruntime has no CPUExecutionProvider")
-    if util.find_spec("torchvision") is not None and _broken("torchvision"):
+    if _broken("torchvision"):
         problems.append(
             "torchvision does not import beside this torch, which breaks transformers and timm: "
             "install the build that matches, or pip uninstall torchvision"
@@ -85,14 +87,14 @@ def _version(name: str) -> str | None:
 
 
 def _broken(module: str) -> bool:
-    """Whether an installed module fails to import, tried in a process of its own."""
-    import subprocess
-    import sys
-
-    found = subprocess.run(
-        [sys.executable, "-c", f"import {module}"], capture_output=True, check=False
+    """Whether a module is installed and fails to import, tried in a process of its own."""
+    code = (
+        "import importlib.util as u\n"
+        f"if u.find_spec({module!r}) is not None:\n"
+        f"    import {module}\n"
     )
-    return found.returncode != 0
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    return tried.returncode != 0
 
 
 def _cpu_flags() -> set[str]:
