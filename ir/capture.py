@@ -40,7 +40,6 @@ from planish.ir.dims import (
 from planish.ir.errors import CaptureError, PlanishError, UnsupportedError, describe
 from planish.ir.execute import run
 from planish.ir.functionalize import (
-    drop_aliases,
     drop_assertions,
     is_functional,
     make_functional,
@@ -48,6 +47,7 @@ from planish.ir.functionalize import (
 )
 from planish.ir.ops import is_pure_call
 from planish.ir.program import Constant, Program, Signature
+from planish.ir.regions import drop_aliases, has_autocast, inline_regions
 from planish.ir.rehearse import register_dataclasses, rehearse, untouched
 
 
@@ -186,8 +186,11 @@ def _build(
     ranges: dict[str, tuple[int, int | None]],
     remarks: list[str],
 ) -> Program:
+    needs_casts = has_autocast(exported.graph_module)
+    if not needs_casts:
+        exported = inline_regions(exported)
     remarks = [*remarks, *_side_effects(exported)]
-    if not is_functional(exported.graph):
+    if needs_casts or not is_functional(exported.graph):
         # Writes into views: torch's own functionalization knows every aliasing rule.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

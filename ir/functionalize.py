@@ -7,17 +7,12 @@ goes to torch; see ``capture``.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from planish.ir.ops import (
-    ALIAS_IN_EVAL,
     ASSERTIONS,
     ELEMENTWISE_UNARY,
     functional_form,
@@ -55,43 +50,6 @@ def is_functional(graph: Graph) -> bool:
         if any(order[a] < order[node] and _origin(a) is not whole for a in _aliases(target)):
             return False
     return True
-
-
-def drop_aliases(exported: ExportedProgram) -> ExportedProgram:
-    """A copy without dropouts, which in evaluation mode return their argument itself.
-
-    Torch's functionalization takes them for copies, so a write into the result would not reach the
-    argument.
-    """
-    graph = Graph()
-    mapping: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(exported.graph, mapping))
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in ALIAS_IN_EVAL:
-            source = node.args[0]
-            assert isinstance(source, Node)
-            node.replace_all_uses_with(source, propagate_meta=False)
-            graph.erase_node(node)
-    module = GraphModule(exported.graph_module, graph)
-    module.meta.update(exported.graph_module.meta)
-    renamed = {
-        node.name: source.name
-        for node in exported.graph.nodes
-        if node.target in ALIAS_IN_EVAL and (source := _before_dropout(node)) is not node
-    }
-    signature = copy.deepcopy(exported.graph_signature)
-    for spec in signature.output_specs:
-        if getattr(spec.arg, "name", None) in renamed:
-            spec.arg = replace(spec.arg, name=renamed[spec.arg.name])
-    return exported._update(module, signature)
-
-
-def _before_dropout(node: Node) -> Node:
-    while node.op == "call_function" and node.target in ALIAS_IN_EVAL:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def written_inputs(graph: Graph) -> dict[Node, Node]:
