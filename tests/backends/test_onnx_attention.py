@@ -160,7 +160,7 @@ class Rotary(nn.Module):
             heads = heads * 2.0
             heads = heads + heads.mean()
         y = torch.ops.planish.rotary_embedding(heads, angle.cos(), angle.sin(), self.interleaved)
-        return y.transpose(1, 2).reshape(b, s, 16)  # type: ignore[no-any-return]
+        return y.transpose(1, 2).reshape(b, s, 16)
 
 
 @pytest.mark.parametrize("opset", [20, 23])

@@ -250,7 +250,7 @@ def test_recurrent(
     tmp_path: Path, kind: type[nn.RNNBase], bidirectional: bool, batch_first: bool, layers: int
 ) -> None:
     torch.manual_seed(0)
-    model = kind(4, 3, layers, bidirectional=bidirectional, batch_first=batch_first)
+    model = kind(4, 3, layers, bidirectional=bidirectional, batch_first=batch_first)  # type: ignore[arg-type]
     artifact = export(tmp_path, model, normal(5, 2, 4))
     assert artifact.operators[kind.__name__] == layers
 
@@ -308,7 +308,7 @@ def test_a_wrong_translation_is_caught(tmp_path: Path, monkeypatch: pytest.Monke
     from planish.backends import onnx_translate
 
     broken = {**onnx_translate.TABLE}
-    broken[torch.ops.aten.sin.default] = lambda e, node: e.op("Cos", e.value(node.args[0]))
+    broken[torch.ops.aten.sin.default] = lambda e, node: e.op("Cos", e.value(node.args[0]))  # type: ignore[arg-type]
     monkeypatch.setattr(onnx_translate, "TABLE", broken)
     with pytest.raises(ExportError, match=r"does not compute what the program does: output 0"):
         export(tmp_path, torch.sin, normal(3))

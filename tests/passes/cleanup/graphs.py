@@ -25,7 +25,7 @@ class Of(nn.Module):
 
     def forward(self, x: Any, y: Any = None) -> Any:
         tensors = dict(self.named_parameters(remove_duplicate=False))
-        tensors.update(self.named_buffers(remove_duplicate=False))
+        tensors.update(self.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
         return self.function(x, **tensors) if y is None else self.function(x, y, **tensors)
 
 

@@ -138,7 +138,7 @@ def test_the_key_tells_apart_what_python_calls_equal() -> None:
 def test_every_commutative_operator_is() -> None:
     a, b = torch.randint(0, 2, (2, 50)).bool()
     for target in COMMUTATIVE:
-        assert torch.equal(torch.as_tensor(target(a, b)), torch.as_tensor(target(b, a)))
+        assert torch.equal(torch.as_tensor(target(a, b)), torch.as_tensor(target(b, a)))  # type: ignore[operator]
 
 
 # -- Neighbors --------------------------------------------------------------------------------

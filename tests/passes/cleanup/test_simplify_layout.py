@@ -191,6 +191,11 @@ def test_refuses_bounds_known_only_at_run_time() -> None:
     refuses(module, args, PASS, "a bound is known only at run time", dynamic_shapes=dims)
 
 
+FIRST = torch.arange(2).reshape(1, 2, 1)
+SECOND = torch.arange(3).reshape(3, 1, 1)
+THIRD = torch.arange(4)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -211,10 +216,6 @@ def test_refuses_bounds_known_only_at_run_time() -> None:
 def test_what_is_no_chain_stays(function: Callable[[Tensor], Tensor]) -> None:
     unchanged(Of(function), (X,), PASS)
 
-
-FIRST = torch.arange(2).reshape(1, 2, 1)
-SECOND = torch.arange(3).reshape(3, 1, 1)
-THIRD = torch.arange(4)
 
 # -- Meaning ----------------------------------------------------------------------------------
 
