@@ -64,7 +64,8 @@ class ExportOptions:
 
     Attributes:
         opset: ONNX operator set version; None for the target's default.
-        metadata: written into the artifact (recipe, fidelity, version), in this order.
+        metadata: written into the artifact (recipe, fidelity, version), in this order; or a
+            function that makes it from the lowering choices.
         choices: lowering choices to replay; None to take them from measurements.
         external_data_bytes: constants go to a second file once all of them exceed this.
         verify: whether to run the artifact and compare it with the program.
@@ -72,7 +73,9 @@ class ExportOptions:
     """
 
     opset: int | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] | Callable[[Mapping[str, str]], Mapping[str, str]] = field(
+        default_factory=dict
+    )
     choices: Mapping[str, str] | None = None
     external_data_bytes: int = PROTOBUF_LIMIT_BYTES
     verify: bool = True

@@ -46,7 +46,9 @@ class OnnxBackend(Backend):
         with staged(goal) as aside:
             style, choices = self.style(program, opset, options)
             emitter = emit(program, opset, style)
-            model, initializers, outputs = build(emitter, options.metadata)
+            metadata = options.metadata
+            facts = metadata(choices) if callable(metadata) else metadata
+            model, initializers, outputs = build(emitter, facts)
             files = write_model(
                 model, initializers, aside, external_data_bytes=options.external_data_bytes
             )

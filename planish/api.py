@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ from planish.ir.errors import CaptureError, UsageError
 from planish.ir.execute import run
 from planish.ir.program import Program
 from planish.optimized import Optimized
-from planish.passes.base import Pass, PassContext
+from planish.passes.base import Fact, Pass, PassContext
 from planish.passes.pipeline import Run, run_pipeline
 from planish.passes.recipe import Recipe, resolve
 from planish.report import PassEntry, Report
@@ -78,13 +79,12 @@ def optimize(
         PassError: a pass failed.
     """
     from planish.backends.registry import load_target
-    from planish.passes.calibrate import needs_calibration, spool
+    from planish.passes.calibrate import UNUSED, needs_calibration, spool
     from planish.passes.instruments import default_instruments
 
-    if verify not in ("each", "end", "off"):
-        raise UsageError(f"verify is {verify!r}", hint="use 'each', 'end' or 'off'")
+    _check_call(target, verify, dump_dir, instruments, loss, labeled, seed)
     resolved = resolve(recipe, target=target, seed=seed)
-    target = resolved.target or target
+    target, seed = resolved.target or target, resolved.seed
     load_target(target)
     _check_devices(model, target)
     remarks: list[str] = []
@@ -97,9 +97,11 @@ def optimize(
         if needs_calibration(resolved):
             held = spool(calibration, program)
         else:
-            remarks.append(
-                "calibration was given, but no pass of the recipe needs it; it was not read"
-            )
+            remarks.append(UNUSED)
+    wanted = frozenset().union(*(pass_.requires for pass_ in resolved.passes))
+    for name, given, fact in (("loss", loss, Fact.LOSS), ("labeled", labeled, Fact.LABELS)):
+        if given is not None and fact not in wanted:
+            remarks.append(f"{name} was given, but no pass of the recipe asks for it")
     context = PassContext(
         target=target,
         calibration=held,
@@ -118,6 +120,38 @@ def optimize(
     seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
     report = _report(program, finished, resolved, target, seed, seconds, remarks)
     return Optimized(finished.program, resolved, report)
+
+
+def _check_call(
+    target: object,
+    verify: object,
+    dump_dir: object,
+    instruments: object,
+    loss: object,
+    labeled: object,
+    seed: object,
+) -> None:
+    """Refuse arguments of the wrong kind before any work is done."""
+    from planish.passes.steps import Instrument
+
+    if verify not in ("each", "end", "off"):
+        raise UsageError(f"verify is {verify!r}", hint="use 'each', 'end' or 'off'")
+    if not isinstance(target, str):
+        raise UsageError(f"target is {target!r}", hint="give its name: 'onnx', 'onnxruntime-cpu'")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UsageError(f"seed is {seed!r}", hint="give an integer from 0 to 2**63 - 1")
+    if dump_dir is not None and not isinstance(dump_dir, (str, os.PathLike)):
+        raise UsageError(f"dump_dir is {dump_dir!r}", hint="give the path of a folder")
+    if loss is not None and not callable(loss):
+        raise UsageError(f"loss is a {type(loss).__name__}", hint="give loss(outputs, batch)")
+    if labeled is not None and not isinstance(labeled, Iterable):
+        raise UsageError(f"labeled is a {type(labeled).__name__}", hint="give batches for loss")
+    watchers = instruments if isinstance(instruments, (list, tuple)) else [instruments]
+    for watcher in watchers:
+        if not isinstance(watcher, Instrument) or watchers is not instruments:
+            raise UsageError(
+                f"instruments holds {watcher!r}", hint="give a list of planish Instruments"
+            )
 
 
 def _check_devices(model: object, target: str) -> None:
@@ -198,6 +232,11 @@ def _report(
     seconds: dict[str, float],
     remarks: list[str],
 ) -> Report:
+    fidelity, compared = _fidelity(before, finished.program)
+    if not compared:
+        remarks.append(
+            "nothing was compared on the example inputs: the model gives no finite number there"
+        )
     entries = tuple(
         PassEntry(
             name=record.name,
@@ -217,7 +256,7 @@ def _report(
         before=cost(before),
         after=cost(finished.program),
         target=target,
-        fidelity=_fidelity(before, finished.program),
+        fidelity=fidelity,
         seconds=seconds,
         versions=versions(),
         seed=seed,
@@ -226,14 +265,21 @@ def _report(
     )
 
 
-def _fidelity(before: Program, after: Program) -> Fidelity | None:
-    """Outputs of the final program against the captured one's, over all samples."""
+def _fidelity(before: Program, after: Program) -> tuple[Fidelity | None, bool]:
+    """Outputs of the final program against the captured one's, over all samples.
+
+    Returns:
+        The fidelity, and whether there was any number to compare.
+    """
     reference: list[Any] = []
     outputs: list[Any] = []
     for sample in before.samples:
         reference.extend(run(before, sample))
         outputs.extend(run(after, sample))
-    return measure(tuple(reference), tuple(outputs)) if reference else None
+    if not reference:
+        return None, not before.samples
+    compared = any(not isinstance(v, Tensor) or bool(v.isfinite().any()) for v in reference)
+    return measure(tuple(reference), tuple(outputs)), compared
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from planish.ir.contract import check_inputs
 from planish.ir.errors import UsageError
 from planish.ir.program import Program
 
@@ -25,9 +26,16 @@ class OptimizedModule(nn.Module):
         super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the caller's own types
-        """Run with the captured inputs, by position or by name."""
+        """Run with the captured inputs, by position or by name.
+
+        Raises:
+            UsageError: an input has another type, or a size that was static at capture: what was
+                computed from that size then would be wrong now, and nobody would notice.
+        """
         signature = self._program.signature
         flat = signature.flatten(args, kwargs)
+        if not torch.compiler.is_compiling():  # whoever traces this module makes guards of its own
+            check_inputs(self._program, flat)
         with torch.no_grad():
             return signature.unflatten(tuple(self.body(*flat)))
 
@@ -40,6 +48,18 @@ class OptimizedModule(nn.Module):
         if mode:
             self._refuse()
         return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401
+        """Refused: the constants may be the very tensors of the captured model.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "an optimized model takes no other weights: it shares tensors with the model it was "
+            "made from, and others were folded together",
+            hint="load them into the original model, then optimize it again",
+        )
 
     def _refuse(self) -> NoReturn:
         raise UsageError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planish.ir.errors import ExportError
+from planish.ir.errors import ExportError, UsageError
 from planish.ir.program import Program
 from planish.model import OptimizedModule
 from planish.report import Report
@@ -61,19 +63,24 @@ class Optimized:
             verify: False leaves out running the file.
 
         Raises:
+            UsageError: an argument is of the wrong kind.
             ExportError: the file cannot be written or disagrees with the program.
             UnsupportedError: the target cannot represent an operator; names it.
         """
         from planish.backends.base import ExportOptions
         from planish.backends.registry import load_backend
 
+        if not isinstance(path, (str, os.PathLike)):
+            raise UsageError(f"the path is {path!r}", hint="name a file: 'model.onnx'")
+        if opset is not None and not isinstance(opset, int):
+            raise UsageError(f"opset is {opset!r}", hint="give an integer, or None")
         path = Path(path)
         remarks: list[str] = []
         target = self._target_for(path, target, remarks)
         start = time.perf_counter()
         options = ExportOptions(
             opset=opset,
-            metadata=self._metadata(target),
+            metadata=partial(self._metadata, target),
             choices=dict(self.recipe.choices) if target == self.recipe.target else None,
             verify=verify,
             remark=remarks.append,
@@ -98,12 +105,17 @@ class Optimized:
             remarks.append(f"the program was optimized for {self.report.target}, not for {wanted}")
         return wanted
 
-    def _metadata(self, target: str) -> dict[str, str]:
-        """What the file says of its own making; nothing that differs between equal runs."""
+    def _metadata(self, target: str, choices: Mapping[str, str]) -> dict[str, str]:
+        """What the file says of its own making; nothing that differs between equal runs.
+
+        The recipe is the one that makes this file again, with the choices that were made for it:
+        a file that replays them must not differ from the one they were measured for.
+        """
         fidelity = self.report.fidelity
+        recipe = replace(self.recipe, target=target, choices=dict(choices))
         return {
             "planish.version": self.report.versions["planish"],
-            "planish.recipe": str(self.recipe),
+            "planish.recipe": str(recipe),
             "planish.target": target,
             "planish.seed": str(self.recipe.seed),
             "planish.fidelity": json.dumps(fidelity.to_dict() if fidelity else None),

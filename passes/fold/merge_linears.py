@@ -32,7 +32,7 @@ from planish.ir.pattern import Match, Refusal, Rule
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Pass, PassContext, PassResult
-from planish.passes.fold._axes import describe, value_users
+from planish.passes.fold._axes import describe
 from planish.passes.fold._find import read_layer
 from planish.passes.fold._layers import LAYERS, Layer
 
@@ -112,7 +112,8 @@ class MergeLayers(Rule):
 
 def _mismatch(first: Layer, second: Layer) -> str | None:
     """Why two layers, whatever their sizes, are not one."""
-    users = value_users(first.node)
+    # What reads only its sizes may stay, but not what has its shape: the channels change.
+    users = [u for u in first.node.users if not is_op(u, torch.ops.aten.sym_size.int)]
     if len(users) != 1:
         return f"{describe(first.node)} has {len(users)} users"
     if (first.kind, first.axis) != (second.kind, second.axis):

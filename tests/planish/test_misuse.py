@@ -48,6 +48,8 @@ class Loop(nn.Module):
 
 
 class Counter(nn.Module):
+    seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(1))
@@ -175,14 +177,14 @@ CASES: list[tuple[str, Callable[[], Any], Callable[[Any], object], type[Exceptio
     ("a recipe file that is not there", net,
      lambda m: planish.optimize(m, IMAGE, recipe="nowhere/recipe.yaml"),
      planish.RecipeError, ["nowhere/recipe.yaml"]),
-    ("a recipe that is no recipe", net, lambda m: planish.optimize(m, IMAGE, recipe=3),
+    ("a recipe that is no recipe", net, lambda m: planish.optimize(m, IMAGE, recipe=3),  # type: ignore[arg-type]
      planish.RecipeError, ["int"]),
     ("a list with something else than passes", net,
-     lambda m: planish.optimize(m, IMAGE, recipe=[Net]),
+     lambda m: planish.optimize(m, IMAGE, recipe=[Net]),  # type: ignore[list-item]
      planish.RecipeError, ["Net"]),
     ("an unknown target", net, lambda m: planish.optimize(m, IMAGE, target="onnxruntime-gpu"),
      planish.UsageError, ["'onnxruntime-gpu'", "onnxruntime-cpu"]),
-    ("an unknown verify mode", net, lambda m: planish.optimize(m, IMAGE, verify="always"),
+    ("an unknown verify mode", net, lambda m: planish.optimize(m, IMAGE, verify="always"),  # type: ignore[arg-type]
      planish.UsageError, ["'always'", "'each'"]),
 ]  # fmt: skip
 
@@ -267,6 +269,59 @@ def test_optimized_model_says_why_it_cannot_train(result: planish.Optimized) -> 
     assert result.model.eval() is result.model
     with pytest.raises(planish.UsageError, match="for inference"):
         result.model.train()
+
+
+def test_optimized_model_takes_no_weights_which_it_shares_with_the_caller() -> None:
+    model = nn.Linear(3, 2).eval()
+    result = planish.optimize(model, torch.randn(4, 3))
+    before = fingerprint(model)
+    zeros = {name: torch.zeros_like(value) for name, value in result.model.state_dict().items()}
+    with pytest.raises(planish.UsageError, match="takes no other weights"):
+        result.model.load_state_dict(zeros)
+    assert fingerprint(model) == before
+
+
+def test_optimized_model_refuses_sizes_that_were_static_at_capture() -> None:
+    class Rows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(3, -1) * 2.0
+
+    result = planish.optimize(Rows().eval(), torch.randn(3, 4))
+    assert result.model(torch.randn(3, 4)).shape == (3, 4)
+    with pytest.raises(planish.UsageError, match=r"'x' is f32\[6, 4\]; .* takes f32\[3, 4\]"):
+        result.model(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        ({"target": None}, "target is None"),
+        ({"seed": "one"}, "seed is 'one'"),
+        ({"seed": 2**70}, "seed is"),
+        ({"dump_dir": 3}, "dump_dir is 3"),
+        ({"instruments": 3}, "instruments holds 3"),
+        ({"instruments": [3]}, "instruments holds 3"),
+        ({"loss": 3}, "loss is a int"),
+        ({"labeled": 3}, "labeled is a int"),
+    ],
+)
+def test_refuses_options_of_the_wrong_kind(options: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(planish.UsageError, match=fragment):
+        planish.optimize(net(), IMAGE, **options)
+
+
+def test_refuses_a_path_or_an_opset_of_the_wrong_kind(result: planish.Optimized) -> None:
+    with pytest.raises(planish.UsageError, match="the path is None"):
+        result.export(None)  # type: ignore[arg-type]
+    with pytest.raises(planish.UsageError, match="opset is '20'"):
+        result.export("net.onnx", opset="20")  # type: ignore[arg-type]
+
+
+def test_remarks_on_what_had_no_effect() -> None:
+    found = planish.optimize(net(), IMAGE, recipe="none", loss=lambda a, b: a, labeled=[IMAGE])
+    assert [r.split()[0] for r in found.report.remarks] == ["loss", "labeled"]
+    blank = planish.optimize(net(), torch.full_like(IMAGE, float("nan")), recipe="none")
+    assert any("no finite number" in remark for remark in blank.report.remarks)
 
 
 def test_refuses_inputs_beside_a_program(result: planish.Optimized) -> None:

@@ -86,6 +86,20 @@ def test_refuses_where_the_first_has_a_second_user() -> None:
     refuses(Twice(), x(2, 4), MERGE, because="linear (aten.linear) has 2 users")
 
 
+def test_refuses_where_something_takes_the_shape_of_the_first() -> None:
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 8)
+            self.b = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.a(x)
+            return self.b(y), torch.zeros_like(y)
+
+    refuses(Alike(), x(2, 4), MERGE, because="linear (aten.linear) has 2 users")
+
+
 def test_refuses_a_shared_weight() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
