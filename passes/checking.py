@@ -122,12 +122,16 @@ class CompareEach(Instrument):
             probe.current = answer
 
     def after_pipeline(self, run: Run) -> None:
-        """Compare the result with the original, if asked for the end only.
+        """Compare the result with the original.
 
         Raises:
-            VerificationError: no pass was lossy, and an output differs.
+            VerificationError: no pass was lossy, and an output differs: by one pass, or, where
+                each was compared with the one before, by the sum of what all may change.
         """
-        if not self.at_end or run.failure is not None or run.program is run.original:
+        if run.failure is not None or run.program is run.original:
+            return
+        if not self.at_end:
+            self._drift(run)
             return
         lossy = [r.name for r in run.records if r.changed and r.contract is Contract.LOSSY]
         found: list[Fidelity] = []
@@ -145,6 +149,19 @@ class CompareEach(Instrument):
                 found.append(measure(probe.original, answer))
         last = [r for r in run.records if r.changed][-1]
         last.cumulative = worst(found)
+
+    def _drift(self, run: Run) -> None:
+        """Hold the last answers, of passes that each kept the bound, to the bound together."""
+        if any(r.changed and r.contract is Contract.LOSSY for r in run.records):
+            return
+        names = run.original.signature.output_names
+        for probe in self._probes or ():
+            problem = difference(probe.original, probe.current, names=names, bounds=self._bounds)
+            if problem:
+                raise VerificationError(
+                    f"each pass kept its bound, but not all together: at {probe.name} {problem}",
+                    hint="leave one out: `planish run-pass` shows how far each moves the outputs",
+                )
 
     def _probes_of(self, run: Run) -> list[_Probe]:
         """The probes with the original program's answers; made when first needed."""

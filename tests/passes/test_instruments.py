@@ -155,6 +155,17 @@ def test_every_changed_program_runs_once_per_probe(
     assert [seen.count(p) for p in dict.fromkeys(seen)] == [1, 2, 2]
 
 
+def test_errors_within_the_bound_may_not_add_up_beyond_it(program: Program) -> None:
+    def nudge(p: Program, rewriter: Rewriter) -> None:
+        add = p.operators[-1]
+        rewriter.set_args(add, (add.args[0], add.args[1] + 4e-5))  # type: ignore[operator]
+
+    once = rewriting(nudge)
+    assert run(program, once, instruments=[CompareEach()]).records[0].changed
+    with pytest.raises(VerificationError, match="kept its bound, but not all together"):
+        run(program, *[once] * 8, instruments=[CompareEach()])
+
+
 def halve(p: Program, rewriter: Rewriter) -> None:
     add = p.operators[-1]
     rewriter.set_args(add, (add.args[0], 0.25))
