@@ -95,7 +95,7 @@ def optimize(
     held: Spool | None = None
     if calibration is not None:
         if needs_calibration(resolved):
-            held = spool(calibration, program)
+            held = spool(calibration, program, remark=remarks.append)
         else:
             remarks.append(UNUSED)
     wanted = frozenset().union(*(pass_.requires for pass_ in resolved.passes))
