@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from planish import __version__
-from planish.examples import Examples, advertised, name_dimensions, normalize
+from planish.examples import Examples, advertised, name_dimensions, narrowed, normalize
 from planish.ir.capture import capture
 from planish.ir.compare import Fidelity, measure
 from planish.ir.cost import cost
@@ -215,9 +215,10 @@ def _trace(model: nn.Module, examples: Examples, remarks: list[str]) -> Program:
         if not examples.names:
             raise
         # The sizes were our guess, not the caller's wish: a model of fixed sizes is fine too.
-        program = capture(model, examples.args, examples.kwargs)
+        program, shapes = capture(model, examples.args, examples.kwargs), None
         remarks.append(f"all sizes are fixed, since dynamic ones could not be traced: {error.what}")
     name_dimensions(program, examples.names)
+    remarks.extend(narrowed(program, shapes))
     if examples.origin != "given":
         remarks.append(f"example inputs were made from the {examples.origin}")
     return program

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 from planish.ir.errors import UsageError
 from planish.ir.program import Program
+from planish.ir.tensortype import type_text
 
 _BATCH, _LENGTH = 2, 16
 
@@ -89,6 +91,37 @@ def name_dimensions(program: Program, names: Mapping[str, Mapping[int, str]]) ->
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 symbols[str(size.node.expr)] = name
     program.signature = replace(program.signature, symbols=symbols)
+
+
+def narrowed(program: Program, dynamic_shapes: Any) -> Iterator[str]:  # noqa: ANN401
+    """Sentences on what tracing made of dimensions that were left to torch (``Dim.AUTO``).
+
+    Torch fixes such a dimension, or bounds it, where the model's own code leaves no choice, and
+    says nothing. A deployed file would not say so either, and be wrong outside of the bounds.
+    """
+    hint = type(Dim.AUTO)
+    leaves = [v for v in pytree.tree_leaves(dynamic_shapes) if isinstance(v, (hint, Dim))]
+    if not any(isinstance(v, hint) and v == Dim.AUTO for v in leaves):
+        return
+    declared = sum(1 for v in leaves if v != Dim.STATIC)
+    types = {
+        name: node.meta["val"]
+        for name, node in zip(program.signature.tensor_names, program.placeholders, strict=True)
+        if isinstance(node.meta.get("val"), Tensor)
+    }
+    sizes: list[Any] = [size for t in types.values() for size in t.shape]
+    moving = sum(isinstance(s, torch.SymInt) and not s.node.expr.is_Integer for s in sizes)
+    if moving < declared:
+        symbols = program.signature.symbols
+        shown = ", ".join(f"{name}: {type_text(t, symbols)}" for name, t in types.items())
+        yield (
+            f"{declared - moving} of {declared} dynamic dimensions were fixed by the model's own "
+            f"code; its inputs are {shown}"
+        )
+    for symbol, (low, high) in program.signature.ranges.items():
+        if high is not None:
+            name = program.signature.symbols.get(symbol, symbol)
+            yield f"dimension {name} may be {low} to {high}: the model does something else beyond"
 
 
 def _from_timm(model: nn.Module, generator: torch.Generator) -> Examples | None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 import planish
 from planish.examples import advertised, normalize
@@ -116,3 +117,22 @@ def test_inference_of_inputs_is_seeded() -> None:
     other = advertised(model, seed=4).kwargs["input_ids"]
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+def test_remarks_on_dynamic_dimensions_that_tracing_fixed_or_bounded() -> None:
+    class Fixes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, -1) * 1.5
+
+    class Bounds(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[0] > 4 else x * 3
+
+    auto, x = ({0: Dim.AUTO},), torch.randn(2, 3)
+    (fixed,) = planish.optimize(Fixes().eval(), x, dynamic_shapes=auto).report.remarks
+    assert fixed.startswith("1 of 1 dynamic dimensions were fixed")
+    assert "f32[2, 3]" in fixed
+    (bounded,) = planish.optimize(Bounds().eval(), x, dynamic_shapes=auto).report.remarks
+    assert "may be 0 to 4" in bounded
+    named = ({0: Dim("batch", max=4)},)
+    assert not planish.optimize(Bounds().eval(), x, dynamic_shapes=named).report.remarks
