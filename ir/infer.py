@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, Target, map_arg
 
 from planish.ir.errors import PassError
@@ -46,6 +46,9 @@ def infer(
     """
 
     def value(node: Node) -> Any:  # noqa: ANN401
+        body = program.constants.get(str(node.target)) if node.op == "get_attr" else None
+        if isinstance(body, GraphModule):
+            return body  # of a branch
         if "val" not in node.meta:
             raise PassError(f"{node.name} has no type yet")
         return node.meta["val"]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import Argument, Target
+from torch.fx.node import Argument, Target, map_arg
 
 from planish.ir.errors import PassError, PlanishError, source_line
 from planish.ir.infer import fake_constant, infer_node
@@ -257,18 +257,16 @@ class Rewriter:
             listener.inserted(node)
 
     def replace(self, old: Node, new: Argument) -> None:
-        """Let all users of ``old`` read ``new`` instead, then erase what nobody reads anymore."""
+        """Let all users of ``old`` but what makes ``new`` read ``new``; erase what is dead then."""
         if new is old:
             return
-        self._edit()
-        users = list(old.users)
-        if isinstance(new, Node):
-            if not self._same_type(old, new):
-                self._stale.update(dict.fromkeys(users))
-            old.replace_all_uses_with(new, propagate_meta=False)
-        else:
-            for user in users:
-                _replace_in(user, old, new)
+        site = self._edit()
+        between = _made_from(new, set(site.added)) if isinstance(new, Node) else set()
+        users = [user for user in old.users if user not in between]
+        if not isinstance(new, Node) or not self._same_type(old, new):
+            self._stale.update(dict.fromkeys(users))
+        for user in users:
+            _replace_in(user, old, new)
         self.program.touch()
         for listener in self.listeners:
             listener.replaced(old, new)
@@ -379,10 +377,19 @@ def rule_failed(rule: str, node: Node, error: Exception) -> PassError:
     return PassError(f"rule {rule} failed: {type(error).__name__}: {error}", where=node)
 
 
-def _replace_in(user: Node, old: Node, new: Argument) -> None:
-    """Replace a node by a plain value in one user's arguments."""
-    from torch.fx.node import map_arg
+def _made_from(node: Node, names: set[str]) -> set[Node]:
+    """A node and what it was computed from, as far as it is among the named ones."""
+    found: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.name in names and current not in found:
+            found.add(current)
+            pending.extend(current.all_input_nodes)
+    return found
 
-    swap = lambda n: new if n is old else n  # noqa: E731 - two uses, one line
-    user.args = map_arg(user.args, swap)
-    user.kwargs = map_arg(user.kwargs, swap)
+
+def _replace_in(user: Node, old: Node, new: Argument) -> None:
+    """Replace a node by another, or by a plain value, in one user's arguments."""
+    swapped = map_arg((user.args, user.kwargs), lambda n: new if n is old else n)
+    user.args, user.kwargs = swapped

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from planish.ir.archive import raw_bytes
 from planish.ir.ops import op_name
 from planish.ir.program import Program
 from planish.ir.tensortype import dim_text, dtype_name, tensor_type, type_text
@@ -76,24 +77,50 @@ def node_text(program: Program, node: Node, names: dict[Node, str]) -> str:
 
 def _constant_lines(program: Program, name: str, *, values: bool) -> list[str]:
     value = program.constants[name]
+    symbols = program.signature.symbols
     if isinstance(value, GraphModule):
-        body = [f"    {_body_line(n)}" for n in value.graph.nodes if n.op == "call_function"]
-        return [f"  body @{name}", *body]
-    printed = tensor_type(value, program.signature.symbols, program.layouts.get(name))
+        return _body_lines(value, name, symbols, "  ")
+    printed = tensor_type(value, symbols, program.layouts.get(name))
     line = f"  const @{name}: {printed}"
     return [f"{line} = {digest(value)}" if values else line]
 
 
-def _body_line(node: Node) -> str:
-    names = {n: f"%{n.name}" for n in node.all_input_nodes}
-    return f"%{node.name} = {op_name(node.target)}({_arguments(node, names, {})})"
+def _body_lines(body: GraphModule, name: str, symbols: Any, indent: str) -> list[str]:  # noqa: ANN401
+    """The body of a branch, over inputs ``%a``, ``%b``, ... , with the bodies inside it."""
+    names: dict[Node, str] = {}
+    inputs: list[str] = []
+    lines: list[str] = []
+    count = 0
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            names[node] = f"%{_letters(len(inputs))}"
+            inputs.append(f"{names[node]}: {type_text(node.meta.get('val'), symbols)}")
+        elif node.op == "get_attr":
+            names[node] = f"@{node.target}"
+            inner = getattr(body, str(node.target), None)
+            if isinstance(inner, GraphModule):
+                lines.extend(_body_lines(inner, str(node.target), symbols, indent + "  "))
+        elif node.op == "call_function":
+            names[node], count = f"%{count}", count + 1
+            call = f"{op_name(node.target)}({_arguments(node, names, symbols)})"
+            kind = type_text(node.meta.get("val"), symbols)
+            lines.append(f"{indent}  {names[node]}: {kind} = {call}")
+        elif node.op == "output":
+            results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+            returned = ", ".join(format_value(v, names, symbols) for v in results)
+            lines.append(f"{indent}  return {returned}")
+    return [f"{indent}body @{name}({', '.join(inputs)})", *lines]
+
+
+def _letters(position: int) -> str:
+    """``a``, ``b``, ..., ``z``, ``a1``, ``b1``, ..."""
+    letter, round_ = chr(ord("a") + position % 26), position // 26
+    return f"{letter}{round_ or ''}"
 
 
 def digest(tensor: Tensor) -> str:
-    """A short hash of a tensor's bytes."""
-    data = tensor.detach().cpu().contiguous().view(-1)
-    raw = data.view(torch.uint8) if data.numel() else data
-    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:12]
+    """A short hash of a tensor's bytes in row-major order."""
+    return hashlib.sha256(raw_bytes(tensor).tobytes()).hexdigest()[:12]
 
 
 def _arguments(node: Node, names: dict[Node, str], symbols: Any) -> str:  # noqa: ANN401
