@@ -23,7 +23,7 @@ class Call:
         args: positional arguments.
         kwargs: keyword arguments.
         parameters: the names of all of them, positional first; empty where unknown.
-        defaults: parameters that were not passed -> their defaults.
+        defaults: parameters that have a default -> that default.
     """
 
     args: tuple[Any, ...]
@@ -58,7 +58,7 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cal
     defaults = {
         name: parameter.default
         for name, parameter in signature.parameters.items()
-        if name not in bound.arguments and parameter.default is not inspect.Parameter.empty
+        if parameter.default is not inspect.Parameter.empty
     }
     ordered = {name: kwargs[name] for name in order}
     return Call(tuple(args), ordered, (*positional[: len(args)], *order), defaults)

@@ -42,7 +42,7 @@ class Signature:
         output_names: one name per leaf of ``out_spec``.
         symbols: torch's symbol -> the user's dimension name.
         ranges: torch's symbol -> (smallest, largest or None) legal size.
-        defaults: parameters of ``forward`` that were not passed -> their default values.
+        defaults: parameters of ``forward`` that have a default -> that default.
     """
 
     parameters: tuple[str, ...]
@@ -122,13 +122,20 @@ class Signature:
         )
 
     def _constant_parameters(self) -> dict[str, object]:
-        """Parameters that were a plain constant at capture; a call may leave them out."""
+        """Parameters that a call may leave out, with the constants they were captured with.
+
+        That is where ``forward`` itself would take this constant, or says by None that it has no
+        opinion (``use_cache=None``); any other default would give another result than the program.
+        """
         args, kwargs = pytree.tree_unflatten(list(range(self.in_spec.num_leaves)), self.in_spec)
         leaves = dict(zip(self.parameters, (*args, *kwargs.values()), strict=True))
         return {
             name: self.fixed[leaf]
             for name, leaf in leaves.items()
-            if isinstance(leaf, int) and leaf in self.fixed
+            if isinstance(leaf, int)
+            and leaf in self.fixed
+            and name in self.defaults
+            and (self.defaults[name] is None or _is_default(self.fixed[leaf], self.defaults[name]))
         }
 
     def unflatten(self, outputs: tuple[Any, ...]) -> Any:  # noqa: ANN401 - the caller's structure

@@ -183,9 +183,10 @@ def spec_from_json(data: Any, remarks: list[str]) -> TreeSpec:  # noqa: ANN401 -
         raise ValueError(f"unknown structure {kind!r}")
     if cls is not None and cls in pytree.SUPPORTED_NODES:
         return _checked(TreeSpec(cls, decode(data["context"]), children))
+    module = re.split(r":|\.(?=\w+$)", data["class"])[0]
     remarks.append(
-        f"{data['class']} is not known to this process, so a dict takes its place; import "
-        f"{data['class'].partition(':')[0]} before loading to have it back"
+        f"{data['class']} is not known to this process, so a dict takes its place; import {module} "
+        "before loading to have it back"
     )
     return _checked(TreeSpec(dict, keys, children))
 

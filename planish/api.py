@@ -82,12 +82,19 @@ def optimize(
     from planish.passes.calibrate import UNUSED, needs_calibration, spool
     from planish.passes.instruments import default_instruments
 
-    _check_call(target, verify, dump_dir, instruments, loss, labeled, seed)
+    _check_call(target, verify, dump_dir, instruments, calibration, loss, labeled, seed)
     resolved = resolve(recipe, target=target, seed=seed)
+    remarks = [
+        f"the recipe names its own {name}, {own!r}; it was taken instead of {given!r}"
+        for name, own, given in (
+            ("target", resolved.target, target),
+            ("seed", resolved.seed, seed),
+        )
+        if own is not None and own != given
+    ]
     target, seed = resolved.target or target, resolved.seed
     load_target(target)
     _check_devices(model, target)
-    remarks: list[str] = []
     start = time.perf_counter()
     program = _captured(model, example_inputs, dynamic_shapes, remarks, seed)
     seconds = {"capture": time.perf_counter() - start}
@@ -127,6 +134,7 @@ def _check_call(
     verify: object,
     dump_dir: object,
     instruments: object,
+    calibration: object,
     loss: object,
     labeled: object,
     seed: object,
@@ -142,6 +150,11 @@ def _check_call(
         raise UsageError(f"seed is {seed!r}", hint="give an integer from 0 to 2**63 - 1")
     if dump_dir is not None and not isinstance(dump_dir, (str, os.PathLike)):
         raise UsageError(f"dump_dir is {dump_dir!r}", hint="give the path of a folder")
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise UsageError(
+            f"calibration is a {type(calibration).__name__}",
+            hint="give an iterable of inputs: a list, a generator, a DataLoader",
+        )
     if loss is not None and not callable(loss):
         raise UsageError(f"loss is a {type(loss).__name__}", hint="give loss(outputs, batch)")
     if labeled is not None and not isinstance(labeled, Iterable):

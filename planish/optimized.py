@@ -75,7 +75,11 @@ class Optimized:
         if opset is not None and not isinstance(opset, int):
             raise UsageError(f"opset is {opset!r}", hint="give an integer, or None")
         path = Path(path)
-        remarks: list[str] = []
+        remarks = [
+            f"the file is right for {name} up to {high}, and no runtime checks that"
+            for name, (_, high) in self._ranges().items()
+            if high is not None
+        ]
         target = self._target_for(path, target, remarks)
         start = time.perf_counter()
         options = ExportOptions(
@@ -119,6 +123,15 @@ class Optimized:
             "planish.target": target,
             "planish.seed": str(self.recipe.seed),
             "planish.fidelity": json.dumps(fidelity.to_dict() if fidelity else None),
+            "planish.ranges": json.dumps(self._ranges()),
+        }
+
+    def _ranges(self) -> dict[str, tuple[int, int | None]]:
+        """Dimension name -> smallest and largest legal size, None for no bound."""
+        signature = self.program.signature
+        return {
+            signature.symbols.get(symbol, symbol): bounds
+            for symbol, bounds in sorted(signature.ranges.items())
         }
 
     def _take_over(self, artifact: Artifact, remarks: list[str], seconds: float) -> None:

@@ -7,6 +7,7 @@ import click
 from planish.tools.console import print_json, stages, stdout
 from planish.tools.options import (
     check_output,
+    check_target,
     common,
     model_argument,
     opset_option,
@@ -48,14 +49,17 @@ def export(
       planish export my_package.models:build -o model.onnx --opset 20
       planish export model.pt2 -o model.onnx --target onnxruntime-cpu --recipe none
     """
+    from planish.passes.recipe import resolve
     from planish.tools.loading import load_model
 
     out = check_output(output)
+    resolve(recipe)  # a mistyped recipe is told before the model is loaded
+    target = check_target(target or "onnx", opset)
     with stages(quiet=quiet) as stage:
         stage("loading")
         loaded = load_model(model)
         result = optimize_loaded(
-            loaded, stage, recipe=recipe, target=target or "onnx", verify=verify, seed=seed
+            loaded, stage, recipe=recipe, target=target, verify=verify, seed=seed
         )
         stage("exporting")
         artifact = result.export(out, opset=opset, verify=verify != "off")

@@ -54,6 +54,8 @@ def load_model(spec: str) -> Loaded:
         UsageError: there is no such file, module or attribute.
     """
     path = Path(spec)
+    if not spec:
+        raise UsageError("MODEL is empty", hint="give package.module:callable, a file or a folder")
     if path.is_dir():
         return _hugging_face(path)
     if path.suffix == ".pt2":

@@ -9,6 +9,7 @@ import click
 from planish.tools.console import print_json, print_parts, stages, stdout
 from planish.tools.options import (
     check_output,
+    check_target,
     common,
     model_argument,
     opset_option,
@@ -65,10 +66,13 @@ def optimize(
       planish optimize my_package.models:build -o model.onnx --recipe recipe.yaml
       planish optimize model.pt2 --recipe 'fold-batch-norm,remove-identities' --json
     """
+    from planish.passes.recipe import resolve
     from planish.tools.loading import import_callable, load_model
     from planish.tools.writing import write_text
 
     out = check_output(output) if output is not None else None
+    resolve(recipe)  # a mistyped recipe is told before the model is loaded
+    target = check_target(target or "onnxruntime-cpu", opset)
     with stages(quiet=quiet) as stage:
         stage("loading")
         loaded = load_model(model)
@@ -79,7 +83,7 @@ def optimize(
             loaded,
             stage,
             recipe=recipe,
-            target=target or "onnxruntime-cpu",
+            target=target,
             verify=verify,
             seed=seed,
             extra=extra,
@@ -94,5 +98,5 @@ def optimize(
         print_json({**result.report.to_dict(), "output": str(out) if out else None})
         return
     print_parts(result.report.render(all_passes=all_passes))
-    if out is not None:
-        stdout().print(f"wrote {out}", highlight=False)
+    wrote = f"wrote {out}" if out is not None else "nothing was written: give -o FILE.onnx"
+    stdout().print(wrote, highlight=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -73,14 +75,28 @@ def optimize_loaded(
     )
 
 
+def check_target(target: str, opset: int | None) -> str:
+    """Refuse an unknown target or opset before any long work is done.
+
+    Raises:
+        UsageError: says which there are.
+    """
+    from planish.backends.registry import load_target
+    from planish.ir.errors import ExportError
+
+    try:
+        load_target(target).check_opset(opset)
+    except ExportError as error:
+        raise UsageError(error.what, hint=error.hint) from None
+    return target
+
+
 def check_output(path: str, suffixes: tuple[str, ...] = (".onnx",)) -> Path:
     """Refuse an output path that cannot work, before any long work is done.
 
     Raises:
         UsageError: wrong suffix, missing or unwritable folder, or a folder.
     """
-    import os
-
     out = Path(path)
     if out.suffix not in suffixes:
         raise UsageError(
@@ -92,6 +108,13 @@ def check_output(path: str, suffixes: tuple[str, ...] = (".onnx",)) -> Path:
     folder = out.parent
     if not folder.is_dir():
         raise UsageError(f"the folder {str(folder)!r} does not exist", hint=f"mkdir -p {folder}")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"the folder {str(folder)!r} is not writable")
+    try:  # asking for permission is not enough: root has all, and /proc takes no files
+        handle, trial = tempfile.mkstemp(dir=folder, prefix=f".{out.name}.")
+    except OSError as error:
+        raise UsageError(
+            f"the folder {str(folder)!r} cannot be written: {error.strerror}",
+            hint="give a folder of your own",
+        ) from None
+    os.close(handle)
+    os.unlink(trial)
     return out

@@ -34,11 +34,13 @@ def run_pass(
     """
     from planish.ir.files import save
     from planish.ir.text import diff
+    from planish.passes.recipe import resolve
     from planish.tools.loading import load_model
     from planish.tools.options import check_output
 
     if output is not None:
         check_output(str(output), (".pt2",))
+    resolve(passes)  # a mistyped pass is told before the model is loaded
     with stages(quiet=quiet) as stage:
         stage("loading")
         loaded = load_model(model)

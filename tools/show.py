@@ -35,9 +35,11 @@ def show(
     """
     from planish.ir.cost import cost, macs_by_operator
     from planish.ir.text import text
+    from planish.passes.recipe import resolve
     from planish.report import cost_cells
     from planish.tools.loading import load_model
 
+    resolve(recipe)  # a mistyped recipe is told before the model is loaded
     with stages(quiet=quiet) as stage:
         stage("loading")
         loaded = load_model(model)

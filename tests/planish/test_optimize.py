@@ -215,3 +215,39 @@ def test_the_seed_of_a_recipe_is_the_one_reported() -> None:
     model, inputs, _ = conv_bn()
     recipe = planish.Recipe(seed=7)
     assert planish.optimize(model, inputs, recipe=recipe).report.seed == 7
+
+
+class Flagged(nn.Module):
+    """A switch with a default, and one without an opinion."""
+
+    def forward(self, x: Tensor, *, double: bool = False, cache: bool | None = None) -> Tensor:
+        return torch.relu(x) * (2.0 if double else 1.0)
+
+
+def test_a_constant_may_be_left_out_only_where_forward_would_take_it() -> None:
+    x = torch.ones(2)
+    as_default = planish.optimize(Flagged().eval(), ((x,), {"double": False, "cache": True}))
+    assert torch.equal(as_default.model(x), x)
+    other = planish.optimize(Flagged().eval(), ((x,), {"double": True}))
+    assert torch.equal(other.model(x, double=True), 2 * x)
+    with pytest.raises(planish.UsageError, match="missing input 'double'"):
+        other.model(x)
+
+
+def test_file_carries_the_legal_sizes(tmp_path: Path) -> None:
+    import onnx
+
+    model, inputs, shapes = conv_bn()
+    result = planish.optimize(model, inputs, dynamic_shapes=shapes)
+    result.export(tmp_path / "net.onnx")
+    facts = {p.key: p.value for p in onnx.load(tmp_path / "net.onnx").metadata_props}
+    assert json.loads(facts["planish.ranges"])["batch"][1] == 64
+    assert any("batch up to 64" in remark for remark in result.report.remarks)
+
+
+def test_a_recipe_that_names_its_own_target_says_so() -> None:
+    model, inputs, _ = conv_bn()
+    recipe = "target=onnx,seed=5,fold-batch-norm"
+    result = planish.optimize(model, inputs, recipe=recipe, target="onnxruntime-cpu")
+    assert (result.report.target, result.report.seed) == ("onnx", 5)
+    assert sum("names its own" in remark for remark in result.report.remarks) == 2
