@@ -84,14 +84,7 @@ def optimize(
 
     _check_call(target, verify, dump_dir, instruments, calibration, loss, labeled, seed)
     resolved = resolve(recipe, target=target, seed=seed)
-    remarks = [
-        f"the recipe names its own {name}, {own!r}; it was taken instead of {given!r}"
-        for name, own, given in (
-            ("target", resolved.target, target),
-            ("seed", resolved.seed, seed),
-        )
-        if own is not None and own != given
-    ]
+    remarks = _overruled(resolved, target, seed) + _unused(resolved, loss, labeled)
     target, seed = resolved.target or target, resolved.seed
     load_target(target)
     _check_devices(model, target)
@@ -105,10 +98,6 @@ def optimize(
             held = spool(calibration, program, remark=remarks.append)
         else:
             remarks.append(UNUSED)
-    wanted = frozenset().union(*(pass_.requires for pass_ in resolved.passes))
-    for name, given, fact in (("loss", loss, Fact.LOSS), ("labeled", labeled, Fact.LABELS)):
-        if given is not None and fact not in wanted:
-            remarks.append(f"{name} was given, but no pass of the recipe asks for it")
     context = PassContext(
         target=target,
         calibration=held,
@@ -127,6 +116,26 @@ def optimize(
     seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
     report = _report(program, finished, resolved, target, seed, seconds, remarks)
     return Optimized(finished.program, resolved, report)
+
+
+def _overruled(recipe: Recipe, target: str, seed: int) -> list[str]:
+    """Remarks on arguments of the call that the recipe decides otherwise."""
+    pairs = (("target", recipe.target, target), ("seed", recipe.seed, seed))
+    return [
+        f"the recipe names its own {name}, {own!r}; it was taken instead of {given!r}"
+        for name, own, given in pairs
+        if own is not None and own != given
+    ]
+
+
+def _unused(recipe: Recipe, loss: object, labeled: object) -> list[str]:
+    """Remarks on arguments that no pass looks at."""
+    wanted = frozenset().union(*(pass_.requires for pass_ in recipe.passes))
+    return [
+        f"{name} was given, but no pass of the recipe asks for it"
+        for name, given, fact in (("loss", loss, Fact.LOSS), ("labeled", labeled, Fact.LABELS))
+        if given is not None and fact not in wanted
+    ]
 
 
 def _check_call(
