@@ -59,7 +59,13 @@ def optimize_loaded(
 ) -> Optimized:
     """``planish.optimize`` on a loaded model, with progress."""
     import planish
-    from planish.tools.watching import PassProgress
+    from planish.passes.instruments import Event, Progress
+
+    def tell(event: Event) -> None:
+        if event.kind == "pass":
+            stages(f"pass: {event.name}", event.index - 1, event.total)
+        elif event.kind == "end":
+            stages("finishing")
 
     stages("capturing")
     return planish.optimize(
@@ -70,7 +76,7 @@ def optimize_loaded(
         target=target,
         verify=verify,  # type: ignore[arg-type]  # click has checked the choice
         seed=seed,
-        instruments=(PassProgress(stages),),
+        instruments=(Progress(tell),),
         **(extra or {}),
     )
 
