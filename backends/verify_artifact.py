@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch.fx import Node
 
 from planish.backends.base import Comparison, RuntimeReport
 from planish.backends.ort_run import Session
-from planish.ir.compare import Fidelity, bounds_of, difference, measure
+from planish.ir.compare import Fidelity, bounds_of, difference, measure, worst
 from planish.ir.errors import ExportError
 from planish.ir.execute import run
 from planish.ir.probe import second_reference
@@ -51,7 +50,8 @@ def verify_artifact(
                 )
             probes.append(label)
             found.append(measure(expected, outputs))
-        return Comparison(probes=tuple(probes), fidelity=_worst(found)), session.report()
+        fidelity = worst(found) or measure((), ())  # a program built by hand has no samples
+        return Comparison(probes=tuple(probes), fidelity=fidelity), session.report()
 
 
 def _probes(
@@ -83,13 +83,3 @@ def tensors(program: Program, arrays: Sequence[np.ndarray]) -> list[Any]:
         tensor = torch.from_numpy(np.array(array))  # a copy: the runtime owns its buffer
         outputs.append(tensor if isinstance(result.meta["val"], Tensor) else tensor.item())
     return outputs
-
-
-def _worst(found: list[Fidelity]) -> Fidelity:
-    return Fidelity(
-        sqnr_db=min((f.sqnr_db for f in found), default=math.inf),
-        cosine=min((f.cosine for f in found), default=1.0),
-        max_abs=max((f.max_abs for f in found), default=0.0),
-        rel_l2=max((f.rel_l2 for f in found), default=0.0),
-        equal=all(f.equal for f in found),
-    )

@@ -168,11 +168,18 @@ def measure(reference_outputs: Sequence[Any], outputs: Sequence[Any]) -> Fidelit
         if problem:
             raise UsageError(f"output {position} {problem}")
         found.append(_measure_one(b, a))
+    return worst(found) or Fidelity(math.inf, 1.0, 0.0, 0.0, equal=True)
+
+
+def worst(found: Sequence[Fidelity]) -> Fidelity | None:
+    """The worst of each metric; None of nothing."""
+    if not found:
+        return None
     return Fidelity(
-        sqnr_db=min((f.sqnr_db for f in found), default=math.inf),
-        cosine=min((f.cosine for f in found), default=1.0),
-        max_abs=max((f.max_abs for f in found), default=0.0),
-        rel_l2=max((f.rel_l2 for f in found), default=0.0),
+        sqnr_db=min(f.sqnr_db for f in found),
+        cosine=min(f.cosine for f in found),
+        max_abs=max(f.max_abs for f in found),
+        rel_l2=max(f.rel_l2 for f in found),
         equal=all(f.equal for f in found),
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from planish.ir.compare import Fidelity, bounds_of, difference, measure
+from planish.ir.compare import Fidelity, bounds_of, difference, measure, worst
 from planish.ir.errors import PlanishError, UsageError, VerificationError
 from planish.ir.execute import run
 from planish.ir.probe import second_reference
@@ -217,19 +217,6 @@ class CompareEach(Instrument):
                     hint="give the program sample inputs, or pass calibration=...",
                 )
         step.record.fidelity, step.record.cumulative = worst(local), worst(total)
-
-
-def worst(found: Sequence[Fidelity]) -> Fidelity | None:
-    """The worst of each metric; None of nothing."""
-    if not found:
-        return None
-    return Fidelity(
-        sqnr_db=min(f.sqnr_db for f in found),
-        cosine=min(f.cosine for f in found),
-        max_abs=max(f.max_abs for f in found),
-        rel_l2=max(f.rel_l2 for f in found),
-        equal=all(f.equal for f in found),
-    )
 
 
 def run_seeded(program: Program, inputs: Sequence[Any], seed: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import planish.passes.checking as checking
 from planish.ir import Program, Rewriter, capture, text
-from planish.ir.compare import Fidelity, measure
+from planish.ir.compare import Fidelity, measure, worst
 from planish.ir.errors import UsageError, VerificationError
 from planish.ir.execute import run as execute
 from planish.passes.base import Contract, Pass, PassContext, PassResult
@@ -197,8 +197,8 @@ def test_a_lossy_pass_is_also_measured_on_calibration_data(program: Program) -> 
     each = [measure(execute(program, i), execute(found.program, i)) for i in batches]
     sample = program.samples[0]
     each.append(measure(execute(program, sample), execute(found.program, sample)))
-    assert found.records[0].fidelity == checking.worst(each)
-    assert first.records[0].fidelity == checking.worst([each[0], each[2]])
+    assert found.records[0].fidelity == worst(each)
+    assert first.records[0].fidelity == worst([each[0], each[2]])
 
 
 def test_a_lossy_pass_without_anything_to_measure_it_on_is_an_error(program: Program) -> None:
