@@ -120,8 +120,8 @@ def _export_enlarged(
             raise CaptureError(
                 error.what,
                 where=error.where,
-                hint="an example of size 1 in a dynamic dimension was traced at a larger size; "
-                "if the model needs 1 there, leave the dimension static",
+                hint=f"{error.hint}; note that an example of size 1 in a dynamic dimension was "
+                "traced at a larger size: if the model needs 1 there, leave it static",
             ) from error
     exported = _export(model, enlarge_singletons(call, required), dynamic_shapes)
     return exported, ["a dimension of size 1 became static: the model needs it to be 1"]

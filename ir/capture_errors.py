@@ -167,12 +167,14 @@ def explain(error: Exception) -> PlanishError:
     if "Constraints violated" in text or "dynamic_shapes" in text or "specialized" in text:
         fixes = re.search(r"Suggested fixes:\n((?:  .*\n?)+)", text)
         cause = re.search(r"^  - (.*)", text, re.M)
+        # What follows is advice on torch functions that the caller never called.
+        what = re.split(r" If you're using ", cause[1] if cause else first)[0]
+        lines = [line.strip() for line in fixes[1].splitlines()] if fixes else []
         return CaptureError(
-            "the model does not work for every size that dynamic_shapes allows: "
-            + (cause[1] if cause else first),
+            f"the model does not work for every size that dynamic_shapes allows: {what}",
             where=where,
-            hint="; ".join(fixes[1].split("\n")).strip("; ")
-            if fixes
+            hint=f"in dynamic_shapes, as torch found: {'; '.join(lines)} (a number is a fixed size)"
+            if lines
             else "narrow the range, or make the dimension static",
         )
     unknown = re.search(r"(Found|Unsupported input type) <class '([^']+)'>", text)
