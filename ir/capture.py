@@ -117,11 +117,16 @@ def _export_enlarged(
         # Where torch may choose, a sample of size 1 that only fits as it is becomes static.
         required = [axis for axis in axes if not axis.optional]
         if len(required) == len(axes):
+            enlarged = (
+                "an example of size 1 in a dynamic dimension was traced at a larger size; if the "
+                "model needs 1 there, leave the dimension static"
+            )
             raise CaptureError(
                 error.what,
                 where=error.where,
-                hint=f"{error.hint}; note that an example of size 1 in a dynamic dimension was "
-                "traced at a larger size: if the model needs 1 there, leave it static",
+                hint=enlarged
+                if "dynamic_shapes" not in error.what
+                else f"{error.hint}; {enlarged}",
             ) from error
     exported = _export(model, enlarge_singletons(call, required), dynamic_shapes)
     return exported, ["a dimension of size 1 became static: the model needs it to be 1"]
