@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 class OnnxBackend(Backend):
     """What the ONNX targets share."""
 
+    @abstractmethod
     def style(
         self, program: Program, opset: int, options: ExportOptions
     ) -> tuple[Style, Mapping[str, str]]:
         """How to write operators that have several forms, and the choices to record."""
-        raise NotImplementedError
 
     def check(self, model: onnx.ModelProto, path: Path) -> None:
         """What must hold of every file of this target before it is run."""

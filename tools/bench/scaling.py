@@ -30,8 +30,6 @@ from planish.ir.program import Constant, Program
 from planish.passes.pipeline import Run, run_pipeline
 from planish.passes.recipe import Recipe, resolve
 
-LIMIT_SECONDS = 1.0  # the whole recipe on a graph of 2,000 nodes
-
 
 class MlpBlock(nn.Module):
     """A residual block with what the passes look for: scale, dropout, casts, two linears."""
