@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import Argument, Target, map_arg
 
+from planish.ir.changes import Change, Listener, SiteCounter
 from planish.ir.errors import PassError, PlanishError, source_line
 from planish.ir.infer import fake_constant, infer_node
 from planish.ir.ops import is_pure_call
@@ -22,66 +23,10 @@ from planish.ir.program import Program
 from planish.ir.tensortype import SparseLayout, type_text
 from planish.ir.typememo import TypeMemo
 
+__all__ = ["Change", "Listener", "Rewriter", "SiteCounter", "rule_failed"]
+
 # What a replacement inherits from the node it stands for.
 _INHERITED = ("stack_trace", "nn_module_stack", "torch_fn")
-
-
-@dataclass(frozen=True)
-class Change:
-    """One applied rewrite.
-
-    Attributes:
-        number: the site's number in the whole pipeline run, from 1.
-        rule: which rule.
-        node: name of the node the rule matched at.
-        removed: names of the nodes that went away.
-        added: names of the nodes that came.
-        source: the user's source line of the matched node, if known.
-        detail: what a reader should know beyond that ("rank 64 of 384").
-        error: measured error of this rewrite, for lossy passes.
-    """
-
-    number: int
-    rule: str
-    node: str
-    removed: tuple[str, ...] = ()
-    added: tuple[str, ...] = ()
-    source: str | None = None
-    detail: str = ""
-    error: Mapping[str, float] | None = None
-
-
-class Listener(Protocol):
-    """Told about every edit, after it happened."""
-
-    def inserted(self, node: Node) -> None:
-        """A new node."""
-
-    def replaced(self, old: Node, new: Argument) -> None:
-        """All uses of ``old`` now read ``new``."""
-
-    def modified(self, node: Node) -> None:
-        """A node's arguments changed."""
-
-    def erased(self, node: Node) -> None:
-        """A node is about to leave the graph; its users are gone, its inputs still hang on it."""
-
-
-@dataclass
-class SiteCounter:
-    """Numbers rewrite sites over a whole pipeline; past ``limit`` it denies them.
-
-    ``limit=None`` allows all. The numbering is stable: sites up to N are the same whatever the
-    limit beyond N is.
-    """
-
-    limit: int | None = None
-    count: int = 0
-
-    def take(self) -> int | None:
-        """The number of the next site, or None where it may not be rewritten."""
-        self.count += 1
-        return self.count if self.limit is None or self.count <= self.limit else None
 
 
 @dataclass
@@ -93,6 +38,7 @@ class _Open:
     anchor: Node
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    replaced: list[tuple[str, str]] = field(default_factory=list)
     detail: str = ""
     edited: bool = False
 
@@ -130,7 +76,7 @@ class Rewriter:
         """
         if self._site is not None:
             raise PassError(f"rule {rule} opened a site inside the site of {self._site.rule}")
-        number = self.sites.take()
+        number = self.sites.take(rule, root.name)
         if number is None:
             yield False
             return
@@ -156,6 +102,7 @@ class Rewriter:
                 tuple(opened.added),
                 opened.source,
                 opened.detail,
+                replaced=tuple(opened.replaced),
             )
         )
 
@@ -261,6 +208,8 @@ class Rewriter:
         if new is old:
             return
         site = self._edit()
+        if isinstance(new, Node):
+            site.replaced.append((old.name, new.name))
         between = _made_from(new, set(site.added)) if isinstance(new, Node) else set()
         users = [user for user in old.users if user not in between]
         if not isinstance(new, Node) or not self._same_type(old, new):
@@ -284,6 +233,7 @@ class Rewriter:
         if kwargs is not None:
             node.kwargs = dict(kwargs)
         node.meta["from"] = (self.pass_name, site.rule, (node.name,))
+        site.replaced.append((node.name, node.name))
         self._stale[node] = None
         self.program.touch()
         for listener in self.listeners:

@@ -30,6 +30,31 @@ class Version:
         return found
 
 
+@dataclass(frozen=True)
+class NodeError:
+    """How far one rewrite of a lossy pass moved one value.
+
+    Attributes:
+        site: the number of the rewrite site.
+        rule: which rule.
+        node: name of the node in the program after the pass.
+        replaces: name of the node in the program before, whose value it stands for.
+        source: the user's source line, if known.
+        own: error of this rewrite alone, fed with the values of the program before.
+        local: the value against the program before the pass.
+        cumulative: the value against the original program; None where that has no such value.
+    """
+
+    site: int
+    rule: str
+    node: str
+    replaces: str
+    source: str | None
+    own: Fidelity
+    local: Fidelity
+    cumulative: Fidelity | None
+
+
 @dataclass
 class StepRecord:
     """What one pass did, as the pipeline and the instruments saw it.
@@ -47,6 +72,7 @@ class StepRecord:
         sites: numbers of the first and the last rewrite site, or None where there was none.
         fidelity: outputs against the program before this pass, where measured.
         cumulative: outputs against the original program, where measured.
+        node_errors: for a lossy pass, the error of every value it rewrote.
         remarks: sentences for the reader.
         before: the state before the pass.
         after: the state after it.
@@ -66,6 +92,7 @@ class StepRecord:
     sites: tuple[int, int] | None = None
     fidelity: Fidelity | None = None
     cumulative: Fidelity | None = None
+    node_errors: tuple[NodeError, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
