@@ -65,7 +65,8 @@ def optimize(
         labeled: batches for ``loss``.
         verify: check invariants and compare outputs after each pass, at the end, or never.
         dump_dir: a folder for the program after every pass.
-        instruments: more watchers of the pipeline.
+        instruments: more watchers of the pipeline; they stand outside the ones of this call, so
+            that they see what a pass made of the program also where a check rejects it.
         seed: of everything random.
 
     Returns:
@@ -108,7 +109,7 @@ def optimize(
     watchers = default_instruments(verify=verify, dump_dir=dump_dir, seed=seed)
     start = time.perf_counter()
     try:
-        finished = run_pipeline(program, resolved, context, (*watchers, *instruments))
+        finished = run_pipeline(program, resolved, context, (*instruments, *watchers))
     finally:
         if held is not None:
             held.close()
@@ -271,6 +272,7 @@ def _report(
             fidelity=record.fidelity,
             cost=record.cost,
             remarks=record.remarks,
+            ran=record.ran,
         )
         for record in finished.records
     )

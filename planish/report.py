@@ -30,6 +30,7 @@ class PassEntry:
         fidelity: outputs against the program before the pass; None where nothing was compared.
         cost: parameters, bytes and MACs after the pass.
         remarks: sentences the reader should see.
+        ran: False where an option left the pass out.
     """
 
     name: str
@@ -41,11 +42,13 @@ class PassEntry:
     fidelity: Fidelity | None
     cost: Cost
     remarks: tuple[str, ...] = ()
+    ran: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "name": self.name,
+            "ran": self.ran,
             "options": self.options,
             "contract": self.contract,
             "changes": [asdict(c) for c in self.changes],
@@ -142,9 +145,12 @@ class Report:
         from rich.text import Text
 
         parts: list[RenderableType] = [self._table(all_passes=all_passes)]
-        quiet = 0 if all_passes else sum(1 for p in self.passes if not p.changes and not p.refusals)
-        if quiet:
-            parts.append(Text(f"{quiet} more passes found nothing to do", style="dim"))
+        idle = [p for p in self.passes if p.ran and not p.changes and not p.refusals]
+        if idle and not all_passes:
+            parts.append(Text(f"{len(idle)} more passes found nothing to do", style="dim"))
+        left_out = [f"{i} {p.name}" for i, p in enumerate(self.passes, 1) if not p.ran]
+        if left_out:
+            parts.append(Text(f"left out: {', '.join(left_out)}", style="yellow"))
         parts.extend(Text(line) for line in self._summary())
         for entry in self.passes:
             for reason, count in Counter(r.reason for r in entry.refusals).most_common(3):
@@ -169,7 +175,7 @@ class Report:
             table.add_row(
                 entry.name,
                 entry.contract,
-                str(len(entry.changes)),
+                str(len(entry.changes)) if entry.ran else "left out",
                 str(len(entry.refusals)),
                 f"{1e3 * entry.seconds:.1f}",
                 sqnr_text(entry.fidelity),
