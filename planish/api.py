@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from torch.export import ExportedProgram
 
 from planish import __version__
 from planish.examples import Examples, advertised, name_dimensions, narrowed, normalize
+from planish.graphdata import Graphs
 from planish.ir.capture import capture
 from planish.ir.compare import Fidelity, measure
 from planish.ir.cost import cost
@@ -115,7 +117,12 @@ def optimize(
             held.close()
     passes = sum(record.seconds for record in finished.records)
     seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
-    report = _report(program, finished, resolved, target, seed, seconds, remarks)
+    report = replace(
+        _report(program, finished, resolved, target, seed, seconds, remarks),
+        model=type(model).__name__,
+        recipe_yaml=resolved.to_yaml(),
+        graphs=Graphs(program, finished.program),
+    )
     return Optimized(finished.program, resolved, report)
 
 

@@ -15,6 +15,8 @@ from planish.passes import Change, Refusal
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from planish.graphdata import Graphs
+
 
 @dataclass(frozen=True)
 class PassEntry:
@@ -79,6 +81,9 @@ class Report:
         recipe: the resolved recipe as text.
         runtime: what the runtime made of the exported file; None before an export.
         remarks: sentences the reader should see.
+        model: what was optimized, as a title: the class of the module.
+        recipe_yaml: the resolved recipe as YAML.
+        graphs: the program before and after; written out only when asked for.
     """
 
     passes: tuple[PassEntry, ...]
@@ -92,15 +97,27 @@ class Report:
     recipe: str
     runtime: Mapping[str, Any] | None = None
     remarks: tuple[str, ...] = field(default=())
+    model: str = ""
+    recipe_yaml: str = ""
+    graphs: Graphs | None = field(default=None, repr=False, compare=False)
 
     @property
     def changes(self) -> int:
         """Number of rewrites of all passes."""
         return sum(len(entry.changes) for entry in self.passes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+    def to_dict(self, *, graphs: bool = False) -> dict[str, Any]:
+        """Plain data, ready for JSON.
+
+        Args:
+            graphs: add both programs under ``graphs``; ``planish.graphdata`` says what is in them.
+        """
+        written = {}
+        if graphs:
+            changes = [entry.changes for entry in self.passes]
+            written["graphs"] = self.graphs.to_dict(changes) if self.graphs is not None else None
         return {
+            "model": self.model,
             "passes": [entry.to_dict() for entry in self.passes],
             "totals": {
                 "changes": self.changes,
@@ -108,6 +125,7 @@ class Report:
                 "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()},
                 "before": asdict(self.before),
                 "after": asdict(self.after),
+                "ratio": _ratios(self.before, self.after),
             },
             "target": self.target,
             "runtime": dict(self.runtime) if self.runtime is not None else None,
@@ -115,12 +133,20 @@ class Report:
             "versions": dict(self.versions),
             "seed": self.seed,
             "recipe": self.recipe,
+            "recipe_yaml": self.recipe_yaml,
             "remarks": list(self.remarks),
+            **written,
         }
 
-    def to_json(self, *, indent: int | None = 2) -> str:
+    def to_json(self, *, indent: int | None = 2, graphs: bool = False) -> str:
         """The report as strict JSON; an infinite SQNR is null beside ``"equal": true``."""
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+        return json.dumps(self.to_dict(graphs=graphs), indent=indent, allow_nan=False)
+
+    def to_html(self) -> str:
+        """The report as one HTML page that loads nothing from anywhere."""
+        from planish.htmlpage import page
+
+        return page(self.to_dict(graphs=True))
 
     def to_text(self, *, width: int = 100, all_passes: bool = False) -> str:
         """The report as a plain-text table.
@@ -195,6 +221,12 @@ class Report:
             more = f", and {len(counts) - 10} other kinds" if len(counts) > 10 else ""
             lines.append(f"the runtime runs: {shown}{more}")
         return lines
+
+
+def _ratios(before: Cost, after: Cost) -> dict[str, float | None]:
+    """Costs after by costs before; None where there was nothing before."""
+    old, new = asdict(before), asdict(after)
+    return {name: round(new[name] / old[name], 6) if old[name] else None for name in old}
 
 
 def sqnr_text(fidelity: Fidelity | None) -> str:
