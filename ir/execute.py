@@ -6,7 +6,7 @@ code is generated, so a freshly rewritten graph costs nothing to run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def run(
             if node.op == "get_attr":
                 env[node] = program.constants[str(node.target)]
             elif node.op == "call_function":
-                env[node] = _call(node, env)
+                env[node] = evaluate(node, env)
                 if observe is not None:
                     observe(node, env[node])
                 if not node.users:
@@ -67,7 +67,16 @@ def run(
     raise AssertionError("a graph always ends in its output node")
 
 
-def _call(node: Node, env: dict[Node, Any]) -> Any:  # noqa: ANN401 - whatever the operator gives
+def evaluate(node: Node, env: Mapping[Node, Any]) -> Any:  # noqa: ANN401 - as the operator gives
+    """The value of one operator node.
+
+    Args:
+        node: which.
+        env: the values of all nodes it reads.
+
+    Raises:
+        PassError: the operator failed; the message names the node and the user's source line.
+    """
     args = map_arg(node.args, lambda n: env[n])
     kwargs = map_arg(node.kwargs, lambda n: env[n])
     try:

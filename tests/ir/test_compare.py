@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from planish.ir import compare
+from planish.ir import fidelity
 from planish.ir.capture import capture
 from planish.ir.compare import (
     BOUNDS,
@@ -147,7 +147,7 @@ def test_chunks_change_nothing(b: Tensor, seed: int) -> None:
     a = b + 0.1 * normal(tuple(b.shape), seed)
     whole = measure((b,), (a,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "_CHUNK", 3)
+        patch.setattr(fidelity, "_CHUNK", 3)
         pieces = measure((b,), (a,))
     assert pieces.max_abs == whole.max_abs
     assert pieces.sqnr_db == pytest.approx(whole.sqnr_db)
@@ -157,8 +157,8 @@ def test_chunks_change_nothing(b: Tensor, seed: int) -> None:
 def test_chunks_cover_each_element_once() -> None:
     b = torch.arange(5 * 7 * 3).reshape(5, 7, 3).permute(2, 0, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "_CHUNK", 4)
-        pieces = [x for x, _ in compare._chunks(b, b)]
+        patch.setattr(fidelity, "_CHUNK", 4)
+        pieces = [x for x, _ in fidelity.chunks(b, b)]
     assert max(p.numel() for p in pieces) <= 4
     assert sorted(torch.cat(pieces).tolist()) == list(range(105))
 
