@@ -1,0 +1,219 @@
+"""Ways to spoil a rewrite, out of which the catalogue is made. All are deterministic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from planish.ir.ops import is_op
+from planish.ir.program import Program
+from planish.tools.bench.faults.spec import (
+    Call,
+    NotPlantedError,
+    Plant,
+    named_arguments,
+    written_arguments,
+)
+
+aten = torch.ops.aten
+
+CallHook = Callable[[Plant, Any, tuple[Any, ...], dict[str, Any]], Call | None]
+ConstantHook = Callable[[Plant, Tensor, str], Tensor | None]
+Candidates = Callable[[Program], list[Node]]
+Edit = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+# -- calls ----------------------------------------------------------------------------------------
+
+
+def in_call(*targets: OpOverload, edit: Edit) -> CallHook:
+    """Alter the named arguments of the calls of some operators; ``edit`` returns the new ones."""
+
+    def hook(
+        plant: Plant,
+        target: Any,  # noqa: ANN401
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Call | None:
+        if target not in targets:
+            return None
+        named = named_arguments(target, args, kwargs)
+        changed = named | edit(dict(named))
+        if all(changed[name] is named.get(name) for name in changed):
+            raise NotPlantedError(f"the arguments of {target} are such already")
+        return written_arguments(target, changed)
+
+    return hook
+
+
+def instead_of(old: OpOverload, new: OpOverload, edit: Edit = lambda named: named) -> CallHook:
+    """Call another operator; ``edit`` turns the arguments of the old one into those of the new."""
+
+    def hook(
+        plant: Plant,
+        target: Any,  # noqa: ANN401
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Call | None:
+        if target is not old:
+            return None
+        return written_arguments(new, edit(named_arguments(target, args, kwargs)))
+
+    return hook
+
+
+def put(**values: Any) -> Edit:  # noqa: ANN401 - whatever an operator takes
+    """Set arguments."""
+    return lambda named: values
+
+
+def swap(a: str, b: str) -> Edit:
+    """Exchange two arguments."""
+    return lambda named: {a: named[b], b: named[a]}
+
+
+# -- constants ------------------------------------------------------------------------------------
+
+
+def in_constant(change: Callable[[Tensor], Tensor], ends: str = "") -> ConstantHook:
+    """Alter the values of the new constants whose name ends so."""
+
+    def hook(plant: Plant, tensor: Tensor, name: str) -> Tensor | None:
+        return change(tensor) if name.endswith(ends) else None
+
+    return hook
+
+
+BatchNorm = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def batch_norm(formula: BatchNorm) -> ConstantHook:
+    """Fold a batch norm by a wrong formula.
+
+    Args:
+        formula: ``(gamma, beta, mean, var, eps)`` to the scale and shift ``(s, t)``, in float64.
+    """
+
+    def hook(plant: Plant, tensor: Tensor, name: str) -> Tensor | None:
+        gamma, beta, mean, var = (
+            plant.tensor(role).double()
+            for role in ("weight", "bias", "running_mean", "running_var")
+        )
+        eps = float(plant.given["eps"])
+        scale = gamma / (var + eps).sqrt()
+        wrong_scale, wrong_shift = formula(gamma, beta, mean, var, eps)
+        # The rule wrote s W and s b + t; recover W and b, and do it wrong.
+        ratio = torch.where(scale == 0, torch.ones_like(scale), wrong_scale / scale)
+        if tensor.dim() > 1:
+            changed = tensor.double() * ratio.reshape(-1, *[1] * (tensor.dim() - 1))
+        else:
+            changed = (tensor.double() - (beta - scale * mean)) * ratio + wrong_shift
+        return changed.to(tensor.dtype)
+
+    return hook
+
+
+def noise(share: float) -> Callable[[Tensor], Tensor]:
+    """Add other random numbers at every call, as large as a share of the tensor's own."""
+
+    def change(tensor: Tensor) -> Tensor:
+        # A generator without a seed is the fault: whoever runs the pass again gets other numbers.
+        generator = torch.Generator()
+        generator.seed()
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return tensor + (drawn * float(tensor.abs().mean()) * share).to(tensor.dtype)
+
+    return change
+
+
+def poisoned(number: float) -> Callable[[Tensor], Tensor]:
+    """Set the middle element."""
+
+    def change(tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        changed.view(-1)[changed.numel() // 2] = number
+        return changed
+
+    return change
+
+
+# -- replacements ---------------------------------------------------------------------------------
+
+
+def replace_by(
+    make: Callable[[Plant, Any], Any],
+) -> Callable[[Plant, Node, Any], Any]:
+    """Let the users of the root, and only of it, read what ``make`` gives for the right value."""
+
+    def hook(plant: Plant, old: Node, new: Any) -> Any:  # noqa: ANN401 - a node or a number
+        return make(plant, new) if old is plant.root else None
+
+    return hook
+
+
+def then(target: OpOverload, *args: Any) -> Callable[[Plant, Any], Any]:  # noqa: ANN401
+    """Put one more operator behind the right value."""
+    return lambda plant, new: plant.rewriter.call(target, (new, *args), like=plant.root)
+
+
+# -- rewrites that no rule should do --------------------------------------------------------------
+
+
+def nodes_of(*targets: Any, where: Callable[[Node, Program], bool] | None = None) -> Candidates:  # noqa: ANN401
+    """The operators of some kinds, in order."""
+    return lambda program: [
+        n for n in program.operators if is_op(n, *targets) and (where is None or where(n, program))
+    ]
+
+
+def drop(name: str = "") -> Callable[[Plant], None]:
+    """Replace the root by its first tensor argument, or a named one."""
+
+    def extra(plant: Plant) -> None:
+        chosen = plant.given[name] if name else plant.root.args[0]
+        plant.rewriter.replace(plant.root, chosen)
+
+    return extra
+
+
+def edited(edit: Edit) -> Callable[[Plant], None]:
+    """Set other arguments of the root."""
+
+    def extra(plant: Plant) -> None:
+        assert isinstance(plant.root.target, OpOverload)
+        named = dict(plant.given)
+        _, args, kwargs = written_arguments(plant.root.target, named | edit(named))
+        plant.rewriter.set_args(plant.root, args, kwargs)
+
+    return extra
+
+
+def recalled(target: OpOverload, edit: Edit = lambda named: named) -> Callable[[Plant], None]:
+    """Replace the root by a call of another operator with arguments made from its own."""
+
+    def extra(plant: Plant) -> None:
+        _, args, kwargs = written_arguments(target, edit(dict(plant.given)))
+        new = plant.rewriter.call(target, args, kwargs, like=plant.root)
+        plant.rewriter.replace(plant.root, new)
+
+    return extra
+
+
+def recomputed(argument: str, change: Callable[[Tensor], Tensor]) -> Callable[[Plant], None]:
+    """Let the root read a new constant, made from the one it reads."""
+
+    def extra(plant: Plant) -> None:
+        assert isinstance(plant.root.target, OpOverload)
+        source = plant.given[argument]
+        values = change(plant.tensor(argument))
+        new = plant.rewriter.constant(values, str(source.target), like=plant.root)
+        named = dict(plant.given) | {argument: new}
+        _, args, kwargs = written_arguments(plant.root.target, named)
+        plant.rewriter.set_args(plant.root, args, kwargs)
+
+    return extra
