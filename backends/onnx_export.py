@@ -46,9 +46,9 @@ class OnnxBackend(Backend):
         opset = self.target.check_opset(options.opset)
         with staged(goal) as aside:
             style, choices = self.style(program, opset, options)
-            emitter = emit(program, opset, style)
-            metadata = options.metadata
+            metadata = options.metadata  # told of the choices before anything can fail by them
             facts = metadata(choices) if callable(metadata) else metadata
+            emitter = emit(program, opset, style)
             model, initializers, outputs = build(emitter, facts)
             files = write_model(
                 model, initializers, aside, external_data_bytes=options.external_data_bytes

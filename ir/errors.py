@@ -18,19 +18,30 @@ class PlanishError(Exception):
         what: one sentence that says what was wrong.
         where: the node, input or file it concerns, if there is one.
         hint: what the caller can do about it.
+
+    Attributes:
+        contexts: what ``within`` put before the message, the outermost first.
+        replay: the command that makes it happen again, where a bundle was written.
     """
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, what: str, *, where: str | Node | None = None, hint: str | None = None):
+        self.contexts: tuple[str, ...] = ()
+        self.replay: str | None = None
+        self._say(what, describe(where) if isinstance(where, Node) else where, hint)
+
+    def _say(self, what: str, where: str | None, hint: str | None) -> None:
         self.what = what
-        self.where = describe(where) if isinstance(where, Node) else where
+        self.where = where
         self.hint = hint
         parts = [what]
-        if self.where:
-            parts.append(f"  at: {self.where}")
+        if where:
+            parts.append(f"  at: {where}")
         if hint:
             parts.append(f"  try: {hint}")
+        if self.replay:
+            parts.append(f"  replay: {self.replay}")
         super().__init__("\n".join(parts))
 
     def within(self, context: str, where: str | Node | None = None) -> None:
@@ -40,9 +51,14 @@ class PlanishError(Exception):
             context: put before the message: ``"pass fold-batch-norm"``.
             where: taken if the error names no place of its own.
         """
-        self.what = f"{context}: {self.what}"
+        self.contexts = (context, *self.contexts)
         place = describe(where) if isinstance(where, Node) else where
-        PlanishError.__init__(self, self.what, where=self.where or place, hint=self.hint)
+        self._say(f"{context}: {self.what}", self.where or place, self.hint)
+
+    def replayed_by(self, command: str) -> None:
+        """Say which command makes this error happen again."""
+        self.replay = command
+        self._say(self.what, self.where, self.hint)
 
 
 class UsageError(PlanishError):

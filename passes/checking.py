@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from planish.ir.compare import Fidelity, bounds_of, difference, measure, worst
 from planish.ir.errors import PlanishError, UsageError, VerificationError
 from planish.ir.execute import run
-from planish.ir.probe import second_reference
+from planish.ir.probe import Reference, second_reference
 from planish.ir.program import Program
 from planish.ir.text import diff
 from planish.ir.verify import verify
@@ -163,18 +163,26 @@ class CompareEach(Instrument):
                     hint="leave one out: `planish run-pass` shows how far each moves the outputs",
                 )
 
+    def bounds(self, program: Program) -> tuple[float, ...]:
+        """What each output may differ by; ``program`` is the original one."""
+        return bounds_of(program)
+
+    def second(self, program: Program) -> Reference:
+        """The second probe; ``program`` is the original one."""
+        with _seeded(program, self.seed):
+            return second_reference(program, self.seed)
+
     def _probes_of(self, run: Run) -> list[_Probe]:
         """The probes with the original program's answers; made when first needed."""
         if self._probes is None:
             program = run.original
-            self._bounds = bounds_of(program)
+            self._bounds = self.bounds(program)
             probes = []
             for number, sample in enumerate(program.samples):
                 answer = run_seeded(program, sample, self.seed)
                 name = "the sample inputs" if number == 0 else f"sample {number}"
                 probes.append(_Probe(name, sample, answer, answer, measured=True))
-            with _seeded(program, self.seed):
-                second = second_reference(program, self.seed)
+            second = self.second(program)
             self._rejected = second.rejected
             if second.inputs is not None:
                 sizes = ", ".join(f"{k}={v}" for k, v in (second.sizes or {}).items())

@@ -112,9 +112,9 @@ class _Driver:
 
     def planned(self) -> list[Step]:
         """The steps that run; each one's requirements hold."""
-        planned = [
-            step for step in self.run.steps if all(i.should_run(step) for i in self.instruments)
-        ]
+        for step in self.run.steps:
+            step.planned = all(i.should_run(step) for i in self.instruments)
+        planned = [step for step in self.run.steps if step.planned]
         facts = self.run.context.facts()
         for step in planned:
             missing = sorted(step.pass_.requires - facts, key=lambda fact: fact.name)

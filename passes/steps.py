@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from planish.ir.compare import Fidelity
 from planish.ir.cost import Cost, cost
@@ -32,7 +33,9 @@ class Version:
 
 @dataclass(frozen=True)
 class NodeError:
-    """How far one rewrite of a lossy pass moved one value.
+    """How far one rewrite of a lossy pass moved one value, over all batches.
+
+    A rewritten constant has no error of its own: its rewrite counts at the operators that read it.
 
     Attributes:
         site: the number of the rewrite site.
@@ -40,9 +43,11 @@ class NodeError:
         node: name of the node in the program after the pass.
         replaces: name of the node in the program before, whose value it stands for.
         source: the user's source line, if known.
-        own: error of this rewrite alone, fed with the values of the program before.
+        own: error of this rewrite alone, fed with the values of the program before; other
+            rewrites, also of other constants that the operator reads, have no part in it.
         local: the value against the program before the pass.
         cumulative: the value against the original program; None where that has no such value.
+        constant: dotted name of the rewritten constant that the node reads, if that is the rewrite.
     """
 
     site: int
@@ -53,6 +58,21 @@ class NodeError:
     own: Fidelity
     local: Fidelity
     cumulative: Fidelity | None
+    constant: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "site": self.site,
+            "rule": self.rule,
+            "node": self.node,
+            "replaces": self.replaces,
+            "constant": self.constant,
+            "source": self.source,
+            "own": self.own.to_dict(),
+            "local": self.local.to_dict(),
+            "cumulative": self.cumulative.to_dict() if self.cumulative is not None else None,
+        }
 
 
 @dataclass
@@ -119,6 +139,7 @@ class Step:
         record: filled in as the step goes on; instruments add to it.
         before: the program before the pass, which the pass never gets hold of; None until its turn.
         after: the program after it; None until the pass has returned one.
+        planned: whether no instrument keeps it from running.
     """
 
     index: int
@@ -129,6 +150,7 @@ class Step:
     record: StepRecord = field(repr=False)
     before: Program | None = field(default=None, repr=False)
     after: Program | None = field(default=None, repr=False)
+    planned: bool = True
 
     @property
     def name(self) -> str:

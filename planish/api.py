@@ -79,10 +79,13 @@ def optimize(
         CaptureError: the model cannot be traced.
         RequirementError: a pass needs data that was not given.
         VerificationError: a pass broke an invariant or changed the function.
-        PassError: a pass failed.
+        PassError: a pass failed. Like every failure of a pass it names the bundle that replays it,
+            which is in ``dump_dir``, else in the folder that ``PLANISH_REPRO_DIR`` names, else in
+            the system's folder for temporary files.
     """
     from planish.backends.registry import load_target
     from planish.passes.calibrate import UNUSED, needs_calibration, spool
+    from planish.passes.debug.reproduce import Reproduce
     from planish.passes.instruments import default_instruments
 
     _check_call(target, verify, dump_dir, instruments, calibration, loss, labeled, seed)
@@ -109,9 +112,10 @@ def optimize(
         generator=torch.Generator().manual_seed(seed),
     )
     watchers = default_instruments(verify=verify, dump_dir=dump_dir, seed=seed)
+    reproduce = Reproduce(dump_dir, verify=verify, seed=seed)  # sees what all others raise
     start = time.perf_counter()
     try:
-        finished = run_pipeline(program, resolved, context, (*instruments, *watchers))
+        finished = run_pipeline(program, resolved, context, (reproduce, *instruments, *watchers))
     finally:
         if held is not None:
             held.close()
@@ -123,7 +127,7 @@ def optimize(
         recipe_yaml=resolved.to_yaml(),
         graphs=Graphs(program, finished.program),
     )
-    return Optimized(finished.program, resolved, report)
+    return Optimized(finished.program, resolved, report, repro_dir=dump_dir)
 
 
 def _overruled(recipe: Recipe, target: str, seed: int) -> list[str]:

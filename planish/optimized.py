@@ -31,12 +31,24 @@ class Optimized:
         program: the optimized program, before any target's legalization.
         recipe: fully resolved; replaying it on the same model gives the same program.
         report: what each pass did and what it cost; grows a ``runtime`` part by ``export``.
+
+    Args:
+        repro_dir: where the bundle of a failed export goes; None takes the folder that
+            ``PLANISH_REPRO_DIR`` names, else the system's for temporary files.
     """
 
-    def __init__(self, program: Program, recipe: Recipe, report: Report):
+    def __init__(
+        self,
+        program: Program,
+        recipe: Recipe,
+        report: Report,
+        *,
+        repro_dir: str | Path | None = None,
+    ):
         self.program = program
         self.recipe = recipe
         self.report = report
+        self._repro_dir = repro_dir
 
     @cached_property
     def model(self) -> OptimizedModule:
@@ -66,9 +78,11 @@ class Optimized:
             UsageError: an argument is of the wrong kind.
             ExportError: the file cannot be written or disagrees with the program.
             UnsupportedError: the target cannot represent an operator; names it.
+                Like every failure to emit it names the bundle that replays it.
         """
         from planish.backends.base import ExportOptions
         from planish.backends.registry import load_backend
+        from planish.replaying import reproducible
 
         if not isinstance(path, (str, os.PathLike)):
             raise UsageError(f"the path is {path!r}", hint="name a file: 'model.onnx'")
@@ -89,7 +103,12 @@ class Optimized:
             verify=verify,
             remark=remarks.append,
         )
-        artifact = load_backend(target).export(self.program, path, options)
+        backend = load_backend(target)
+        backend.target.check_opset(opset)
+        with reproducible(
+            self.program, self.recipe, target, path, options, self._repro_dir
+        ) as kept:
+            artifact = backend.export(self.program, path, kept)
         self._take_over(artifact, remarks, time.perf_counter() - start)
         return artifact
 

@@ -1,0 +1,233 @@
+"""``Reproduce``: the instrument that writes a bundle when a run fails, and nothing otherwise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from planish.ir.compare import bounds_of
+from planish.ir.errors import PlanishError, RecipeError, UnsupportedError
+from planish.ir.files import load
+from planish.ir.program import Program
+from planish.ir.text import text
+from planish.passes.base import Fact, Pass
+from planish.passes.checking import CompareEach
+from planish.passes.debug.bundle import PROGRAM, Facts, Sites, command, write_bundle
+from planish.passes.debug.bundle_failure import failure_of, is_failure, name_step, raised_by
+from planish.passes.recipe import step_text
+from planish.passes.registry import load_class, name_of
+from planish.passes.steps import Instrument, Run, Step
+
+FOLDER_VARIABLE = "PLANISH_REPRO_DIR"
+
+_UNBUNDLED = frozenset({Fact.LOSS, Fact.LABELS})
+
+
+def bundle_folder(folder: str | Path | None = None) -> Path:
+    """Where bundles go: the folder given, else the environment's, else that for temporary files."""
+    return Path(folder or os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir())
+
+
+def tell(error: BaseException, folder: Path) -> None:
+    """Say on an error how to replay it."""
+    if isinstance(error, PlanishError):
+        error.replayed_by(command(folder))
+    else:
+        error.add_note(f"replay: {command(folder)}")
+
+
+class Reproduce(Instrument):
+    """Write a bundle for whatever a pass or a checking instrument raises.
+
+    Put it first: it must see what the other instruments raise. A successful run costs nothing.
+    Errors of the call (``UsageError``, ``RecipeError``, ``RequirementError``) and interrupts leave
+    none. Where the bundle cannot be written, the error says why in a note.
+
+    Args:
+        folder: where to; None takes what ``PLANISH_REPRO_DIR`` names, else the system's folder
+            for temporary files.
+        verify: as the other instruments check, so that a replay checks alike.
+        seed: of the second probe.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        verify: Literal["each", "end", "off"] = "each",
+        seed: int = 0,
+    ):
+        self.folder = folder
+        self.verify = verify
+        self.seed = seed
+        self._began = self._step_began = 0
+        self._told: BaseException | None = None
+
+    def before_pipeline(self, run: Run) -> None:
+        """Remember where the numbering of sites stands."""
+        self._began = self._step_began = run.context.sites.count
+        self._told = None
+
+    def before_pass(self, step: Step) -> None:
+        """Remember where the numbering of sites stands."""
+        self._step_began = step.run.context.sites.count
+
+    def after_failure(self, step: Step, error: BaseException) -> None:
+        """Bundle the program before the pass, and the recipe from there on."""
+        self._told = error
+        name_step(error, step.label)
+        if is_failure(error):
+            self._write(error, step.run, step)
+
+    def after_pipeline(self, run: Run) -> None:
+        """Bundle the original program and the whole recipe, where no single pass failed."""
+        if run.failure is not None and run.failure is not self._told and is_failure(run.failure):
+            self._write(run.failure, run, None)
+
+    def _write(self, error: BaseException, run: Run, step: Step | None) -> None:
+        problems: list[str] = []
+        for subject in self._subjects(run, step):
+            try:
+                tell(error, self._bundle(error, subject))
+            except Exception as problem:  # the first error must show, whatever keeps us
+                why = problem.what if isinstance(problem, PlanishError) else repr(problem)
+                problems.append(f"{subject.name}: {why}")
+            else:
+                return
+        error.add_note(f"no bundle was written to replay this: {'; '.join(problems)}")
+
+    def _subjects(self, run: Run, step: Step | None) -> list[_Subject]:
+        """What to bundle, the best first."""
+        planned = [s for s in run.steps if s.planned]
+        whole = _Subject("the original program", run, run.original, planned, self._began, None)
+        if step is None or step.before is None:
+            return [whole]
+        rest = [s for s in planned if s.index >= step.index]
+        own = _Subject("the program before it", run, step.before, rest, self._step_began, step)
+        if step.before is run.original:
+            return [own]
+        # Unchecked, an earlier pass may have left a program that no file can hold.
+        upto = [s for s in planned if s.index <= step.index]
+        return [own, replace(whole, steps=upto)]
+
+    def _bundle(self, error: BaseException, subject: _Subject) -> Path:
+        run = subject.run
+        kept, left_out = _kept(subject, error, self._replayed())
+        checked = self.verify != "off"
+        probe, sizes = None, dict[str, int]()
+        if checked:
+            second = CompareEach(seed=self.seed).second(run.original)
+            probe, sizes = second.inputs, dict(second.sizes or {})
+        sites, context = run.context.sites, run.context
+        recipe = replace(run.recipe, passes=kept, target=run.recipe.target or context.target)
+        facts = Facts(
+            stage="recipe" if subject.failing is None else "pass",
+            failure=failure_of(error),
+            verify=self.verify,
+            seed=self.seed,
+            sites=Sites(subject.count, sites.limit, tuple(sorted(sites.excluded))),
+            bounds=bounds_of(run.original) if checked else None,
+            sizes=sizes,
+            passes=tuple(step_text(pass_) for pass_ in kept),
+            left_out=left_out,
+        )
+        found = write_bundle(
+            bundle_folder(self.folder),
+            facts,
+            subject.program,
+            recipe,
+            calibration=context.calibration,
+            probe=probe,
+            error=error,
+        )
+        if self.verify != "each":
+            _check_readable(found, subject.program)
+        return found
+
+    def _replayed(self) -> frozenset[type[Instrument]]:
+        """The kinds of instruments that a replay has too."""
+        from planish.passes.instruments import default_instruments
+
+        return frozenset(type(i) for i in default_instruments(verify=self.verify, seed=self.seed))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A program and the steps that fail on it: the first one, or None for all together."""
+
+    name: str
+    run: Run
+    program: Program
+    steps: Sequence[Step]
+    count: int
+    failing: Step | None
+
+
+def _check_readable(folder: Path, program: Program) -> None:
+    """Nobody has verified the program, so it may not be one that a file can hold.
+
+    Raises:
+        PlanishError: it is not; the bundle is gone then.
+    """
+    try:
+        same = text(load(folder / PROGRAM)) == text(program)
+    except Exception:  # an unsound program may fail in any way
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UnsupportedError("it is not the same after saving and loading")
+
+
+def _kept(
+    subject: _Subject, error: BaseException, replayed: frozenset[type[Instrument]]
+) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
+    """The passes to bundle, and sentences on what a bundle cannot hold."""
+    kept: list[Pass] = []
+    left_out: list[str] = []
+    context = subject.run.context
+    for step in subject.steps:
+        needed = subject.failing is None or step is subject.failing
+        problem = _unimportable(step.pass_)
+        wanted = sorted(fact.name.lower() for fact in step.pass_.requires & _UNBUNDLED)
+        if problem:
+            left_out.append(f"{step.label}: {problem}")
+        if wanted:
+            left_out.append(
+                f"{step.label} needs {' and '.join(wanted)}, which no file can hold: replay it "
+                "with planish.passes.debug.bundle.replay(bundle, loss=..., labeled=...)"
+            )
+        if needed or not (problem or wanted):
+            kept.append(step.pass_)
+    if context.loss is not None or context.labeled is not None:
+        if not any("which no file can hold" in sentence for sentence in left_out):
+            left_out.append("loss and labeled data were given; no pass here asks for them")
+    culprit = raised_by(error)
+    if culprit is not None and type(culprit) not in replayed:
+        kind = type(culprit)
+        left_out.append(
+            f"the instrument {kind.__module__}:{kind.__qualname__}, in which the error arose"
+        )
+    return tuple(kept), tuple(left_out)
+
+
+def _unimportable(pass_: Pass) -> str | None:
+    """Why another process cannot import a pass; None where it can."""
+    cls = type(pass_)
+    location = name_of(cls)
+    if ":" not in location:
+        return None
+    if cls.__module__ == "__main__":
+        return f"{location} is part of a script, which another process cannot import"
+    try:
+        found = load_class(location)
+    except RecipeError as error:
+        return error.what
+    return (
+        None if found is cls else f"importing {location} gives another class than the one that ran"
+    )
