@@ -8,7 +8,7 @@ at no more programs than ``ceil(log2(N)) + 1``, unless ``exhaustive`` is wished.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from planish.ir.errors import PlanishError, UsageError
@@ -17,7 +17,7 @@ from planish.passes.base import PassContext
 from planish.passes.debug.bisect_ledger import Ledger
 from planish.passes.debug.bisect_predicate import Predicate, Verdict
 from planish.passes.debug.bisect_result import Bisection, Evaluation, Tell
-from planish.passes.debug.bisect_runs import Attempt, State, attempt
+from planish.passes.debug.bisect_runs import Attempt, State
 from planish.passes.debug.bisect_search import search
 from planish.passes.debug.bisect_site import Culprit, site_level
 from planish.passes.debug.bisect_task import Task
@@ -35,6 +35,7 @@ def bisect(
     tell: Tell | None = None,
     working: Callable[[str], None] = lambda what: None,
     exhaustive: bool = False,
+    disabled: Sequence[str | int] = (),
 ) -> Bisection:
     """Find what makes a predicate fail.
 
@@ -47,14 +48,24 @@ def bisect(
         tell: told of every evaluation, after it.
         working: told what is about to be done, before anything slow.
         exhaustive: look at every pass and every site, whatever that costs.
+        disabled: steps to leave out of every run, by name or number.
 
     Raises:
-        UsageError: the original program is bad already, or has no sample inputs.
+        UsageError: the original program is bad already, or has no sample inputs; or nothing is
+            there to be left out where that was wished.
         RequirementError: a pass needs something that the context lacks.
     """
     make = context_factory or (lambda: PassContext(target=recipe.target or "onnx"))
     task = Task(
-        program, recipe, predicate, make, Ledger(tell), working, exhaustive, predicate.watches
+        program,
+        recipe,
+        predicate,
+        make,
+        Ledger(tell),
+        working,
+        exhaustive,
+        watching=predicate.watches,
+        disabled=tuple(disabled),
     )
     return _Bisector(task).go()
 
@@ -68,7 +79,8 @@ class _Bisector:
         task = self.task
         self.baseline()
         task.working("running the recipe")
-        whole = attempt(task.program, task.recipe, task.context(), task.watchers())
+        whole = task.run(task.recipe)
+        self.check_excluded(whole)
         guilty = self.pass_level(whole)
         if guilty is None:
             return self.answer(found=False)
@@ -110,6 +122,17 @@ class _Bisector:
             raise UsageError(
                 f"the original program is bad already: {verdict.text}",
                 hint=f"ask for what it keeps; asked for was: {task.predicate.text}",
+            )
+
+    def check_excluded(self, whole: Attempt) -> None:
+        """Refuse a site to leave out that never came up."""
+        unmet = ", ".join(sorted(whole.sites.excluded - whole.sites.denied))
+        if unmet and whole.error is not None:
+            self.task.ledger.remarks.append(f"the run ended before a rule wanted to do {unmet}")
+        elif unmet:
+            raise UsageError(
+                f"no rule wanted to rewrite at {unmet}",
+                hint="`planish run-pass` lists the sites of a pass",
             )
 
     def pass_level(self, whole: Attempt) -> State | None:
@@ -155,8 +178,7 @@ class _Bisector:
             without = f"pass {state.pass_.name}"
         what = f"the {name} without {without}"
         task.working(f"confirm: {what}")
-        recipe = replace(task.recipe, passes=passes)
-        run = attempt(task.program, recipe, task.context(), task.watchers(), excluded=excluded)
+        run = task.run(replace(task.recipe, passes=passes), excluded)
         verdict = task.verdict(run.error, run.program)
         number = culprit.site or state.step
         task.ledger.add("confirm", number, number, 1, what, verdict)

@@ -134,7 +134,7 @@ def attempt(
     instruments: Sequence[Instrument] = (),
     *,
     limit: int | None = None,
-    first: int = 0,
+    first: int | None = None,
     excluded: frozenset[str] = frozenset(),
 ) -> Attempt:
     """Run a recipe and keep its states; a step that fails ends the run and is one of them.
@@ -145,7 +145,8 @@ def attempt(
         context: as for ``run_pipeline``; its site counter says what is left out anyway.
         instruments: more watchers.
         limit: the last rewrite site that is granted.
-        first: how many sites asked before, in the run of which this is a part.
+        first: how many sites asked before, in the run of which this is a part; None takes what the
+            context's counter says.
         excluded: sites to leave out, as ``rule@node``.
 
     Raises:
@@ -153,7 +154,8 @@ def attempt(
     """
     given = context.sites
     limits = [n for n in (limit, given.limit) if n is not None]
-    sites = LoggedSites(min(limits, default=None), first, given.excluded | excluded)
+    start = given.count if first is None else first
+    sites = LoggedSites(min(limits, default=None), start, given.excluded | excluded)
     keep = _Keep(sites)
     context = replace(context, sites=sites)
     error: Exception | None = None

@@ -10,9 +10,10 @@ from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.debug.bisect_ledger import Ledger
 from planish.passes.debug.bisect_predicate import Predicate, Verdict
-from planish.passes.debug.bisect_runs import Attempt, State, rerun
+from planish.passes.debug.bisect_runs import Attempt, State, attempt, rerun
 from planish.passes.debug.bisect_search import budget
 from planish.passes.recipe import Recipe
+from planish.passes.selecting import DisablePass
 from planish.passes.steps import Instrument
 
 
@@ -29,6 +30,7 @@ class Task:
         working: told what is about to be done.
         exhaustive: look at everything.
         watching: whether the error that ends a run is the verdict.
+        disabled: steps to leave out of every run, by name or number.
     """
 
     program: Program
@@ -39,6 +41,7 @@ class Task:
     working: Callable[[str], None]
     exhaustive: bool
     watching: bool
+    disabled: tuple[str | int, ...] = ()
 
     def watchers(self) -> tuple[Instrument, ...]:
         """Instruments of the next run."""
@@ -59,6 +62,12 @@ class Task:
     def allowed(self, points: int) -> int:
         """How many states of a level may be looked at."""
         return points + 1 if self.exhaustive else budget(points)
+
+    def run(self, recipe: Recipe, excluded: frozenset[str] = frozenset()) -> Attempt:
+        """Run a recipe from the original program on."""
+        left_out = (DisablePass(self.disabled),) if self.disabled else ()
+        instruments = (*left_out, *self.watchers())
+        return attempt(self.program, recipe, self.context(), instruments, excluded=excluded)
 
     def rerun(self, state: State, limit: int) -> Attempt:
         """Run the step of a state again, with the rewrite sites up to a limit."""

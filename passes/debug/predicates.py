@@ -128,10 +128,19 @@ class Crashes(OnOutputs):
 
 
 class KeepsContract(OnOutputs):
-    """The default verification: invariants, and outputs within the bound of every exact pass."""
+    """The default verification: invariants, and outputs within the bound of every exact pass.
+
+    Args:
+        bounds: what each output may differ by; None takes those of the original program.
+        options: those of ``OnOutputs``.
+    """
 
     watches = True
     probe = True
+
+    def __init__(self, *, bounds: tuple[float, ...] | None = None, **options: Any):  # noqa: ANN401
+        super().__init__(**options)
+        self.bounds = bounds
 
     @property
     def text(self) -> str:
@@ -141,37 +150,35 @@ class KeepsContract(OnOutputs):
     def prepare(self, original: Program) -> Verdict:
         """Verify the original."""
         verify(original)
+        self.bounds = bounds_of(original) if self.bounds is None else self.bounds
         super().prepare(original)
         return Verdict(False, "it is a valid program, and runs")
 
     def judge(self, program: Program) -> Verdict:
         """Hold all passes together to the bound of one."""
-        bounds = bounds_of(self.original)
         names = self.original.signature.output_names
         for name, reference, answer in self.inputs.pairs(program):
-            problem = difference(reference, answer, names=names, bounds=bounds)
+            problem = difference(reference, answer, names=names, bounds=self.bounds)
             if problem:
                 return Verdict(True, f"at {name} {problem}")
         return Verdict(False, "equal within the bound")
 
     def watchers(self) -> tuple[Instrument, ...]:
         """Those of ``optimize``."""
-        return (_Compare(self.original, self.seed), VerifyEach())
+        assert self.bounds is not None  # it was prepared
+        return (_Compare(self.bounds, self.seed), VerifyEach())
 
 
 class _Compare(CompareEach):
-    """``CompareEach`` for a part of a recipe: the bounds are those of the whole run's original."""
+    """``CompareEach`` for a part of a recipe, with the bounds of the whole run."""
 
-    def __init__(self, original: Program, seed: int):
+    def __init__(self, bounds: tuple[float, ...], seed: int):
         super().__init__(seed=seed)
-        self._reference = original
+        self._given = bounds
 
-    def after_pass(self, step: Step, result: PassResult) -> None:
-        """Compare."""
-        if step.record.changed:
-            self._probes_of(step.run)
-            self._bounds = bounds_of(self._reference)
-        super().after_pass(step, result)
+    def bounds(self, program: Program) -> tuple[float, ...]:
+        """Those given."""
+        return self._given
 
 
 class _JudgeEach(Instrument):
