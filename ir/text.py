@@ -45,7 +45,7 @@ def lines(program: Program, *, values: bool = False) -> list[str]:
     )
     result = [f"program({inputs})"]
     for name in sorted({str(n.target) for n in program.graph.find_nodes(op="get_attr")}):
-        result.extend(_constant_lines(program, name, values=values))
+        result.extend(constant_lines(program, name, values=values))
     for node in program.operators:
         result.append("  " + node_text(program, node, names))
     outputs = ", ".join(format_value(v, names, symbols) for v in program.results)
@@ -75,7 +75,8 @@ def node_text(program: Program, node: Node, names: dict[Node, str]) -> str:
     return f"{names[node]}: {type_text(node.meta.get('val'), symbols)} = {call}"
 
 
-def _constant_lines(program: Program, name: str, *, values: bool) -> list[str]:
+def constant_lines(program: Program, name: str, *, values: bool) -> list[str]:
+    """The line that declares a constant; the whole body, if it is one of a branch."""
     value = program.constants[name]
     symbols = program.signature.symbols
     if isinstance(value, GraphModule):

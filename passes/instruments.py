@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TextIO
@@ -18,15 +19,22 @@ from planish.ir.program import Program
 from planish.ir.text import text
 from planish.passes.base import PassResult
 from planish.passes.checking import CompareEach, VerifyEach
+from planish.passes.debug.bundle_writing import is_bundle_name
+from planish.passes.selecting import DisablePass, ExcludeSites, SiteLimit, StartFrom, StopAfter
 from planish.passes.steps import Instrument, Run, Step
 
 __all__ = [
     "CompareEach",
+    "DisablePass",
     "Dump",
     "Event",
+    "ExcludeSites",
     "Instrument",
     "PrintAfter",
     "Progress",
+    "SiteLimit",
+    "StartFrom",
+    "StopAfter",
     "Timing",
     "VerifyEach",
     "default_instruments",
@@ -41,6 +49,7 @@ def default_instruments(
     dump_dir: str | Path | None = None,
     progress: Callable[[Event], None] | None = None,
     seed: int = 0,
+    reproduce: bool = False,
 ) -> tuple[Instrument, ...]:
     """The instruments of ``optimize``, outermost first.
 
@@ -49,6 +58,8 @@ def default_instruments(
         dump_dir: a folder for the program after every pass.
         progress: told of every step as it begins and ends.
         seed: of the second probe.
+        reproduce: write a bundle that replays a failure: into the dump folder, else where
+            ``PLANISH_REPRO_DIR`` says, else into the system's folder for temporary files.
 
     Raises:
         UsageError: ``verify`` is none of the three.
@@ -56,6 +67,11 @@ def default_instruments(
     if verify not in ("each", "end", "off"):
         raise UsageError(f"verify is {verify!r}", hint="use 'each', 'end' or 'off'")
     found: list[Instrument] = []
+    if reproduce:
+        from planish.passes.debug.reproduce import Reproduce
+
+        # Outermost: it must see what all others raise.
+        found.append(Reproduce(dump_dir, verify=verify, seed=seed))
     if progress is not None:
         found.append(Progress(progress))
     if dump_dir is not None:
@@ -122,12 +138,23 @@ class Progress(Instrument):
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one step: the pass alone, and all that the instruments inside did about it."""
+    """Seconds of one step, and its operators.
+
+    Attributes:
+        index: position in the recipe, from 1.
+        name: the pass.
+        seconds: of the pass alone.
+        checking: of all that the instruments inside did about it.
+        nodes_before: operators of the program before.
+        nodes_after: operators after; None where the pass returned nothing.
+    """
 
     index: int
     name: str
     seconds: float
     checking: float
+    nodes_before: int
+    nodes_after: int | None
 
 
 class Timing(Instrument):
@@ -160,10 +187,14 @@ class Timing(Instrument):
     def _stop(self, step: Step) -> None:
         whole = time.perf_counter() - self._began
         own = step.record.seconds
-        self.times.append(Time(step.index, step.name, own, max(0.0, whole - own)))
+        assert step.before is not None
+        after = len(step.after.operators) if step.after is not None else None
+        checking = max(0.0, whole - own)
+        before = len(step.before.operators)
+        self.times.append(Time(step.index, step.name, own, checking, before, after))
 
     def table(self) -> str:
-        """The times as text, the slowest first."""
+        """The times as text, the slowest first; ``around it`` is what watched and checked."""
         rows = sorted(self.times, key=lambda t: -(t.seconds + t.checking))
         lines = [f"{'pass':<36}{'ms':>10}{'around it, ms':>16}"]
         lines += [f"{t.name:<36}{1e3 * t.seconds:>10.1f}{1e3 * t.checking:>16.1f}" for t in rows]
@@ -181,15 +212,47 @@ class PrintAfter(Instrument):
 
     Raises:
         UsageError: the pattern is no regular expression.
+
+    A pattern that matches no pass of the recipe is an error; where it matches only passes that
+    were left out, or nothing changed, a remark says so.
     """
 
     def __init__(self, pattern: str = ".*", *, changed: bool = False, stream: TextIO | None = None):
-        try:
-            self.pattern = re.compile(pattern)
-        except re.error as error:
-            raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+        self.pattern = self.compiled(pattern)
         self.changed = changed
         self.stream = stream
+        self._printed = False
+
+    @staticmethod
+    def compiled(pattern: str) -> re.Pattern[str]:
+        """The expression.
+
+        Raises:
+            UsageError: the pattern is none.
+        """
+        try:
+            return re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no regular expression: {error}") from None
+
+    def before_pipeline(self, run: Run) -> None:
+        """See whether anything can be printed.
+
+        Raises:
+            UsageError: no pass of the recipe has a name like this.
+        """
+        self._printed = False
+        check_printed(self.pattern.pattern, [step.name for step in run.steps])
+
+    def after_pipeline(self, run: Run) -> None:
+        """Say that nothing was printed, and why."""
+        if self._printed or run.failure is not None:
+            return
+        for step in run.steps:
+            if self.pattern.fullmatch(step.name):
+                why = "no such pass changed the program" if self.changed else "it was left out"
+                step.remark(f"nothing was printed after {self.pattern.pattern!r}: {why}")
+                return
 
     def after_pass(self, step: Step, result: PassResult) -> None:
         """Print."""
@@ -202,8 +265,27 @@ class PrintAfter(Instrument):
 
     def _print(self, step: Step, program: Program, outcome: str) -> None:
         if self.pattern.fullmatch(step.name) and (step.record.changed or not self.changed):
+            self._printed = True
             stream = self.stream or sys.stdout
             stream.write(f"// after step {step.index}, {step.text}{outcome}\n{text(program)}\n")
+
+
+def check_printed(pattern: str, names: Sequence[str]) -> None:
+    """Refuse a pattern after which nothing could be printed.
+
+    Raises:
+        UsageError: it is no regular expression, or matches none of these names of passes.
+    """
+    expression = PrintAfter.compiled(pattern)
+    if any(expression.fullmatch(name) for name in names):
+        return
+    parts = [name for name in names if expression.search(name)]
+    near = (parts or difflib.get_close_matches(pattern, names, n=1) or [""])[0]
+    whole = f"; the whole name counts: '.*{pattern}.*'" if parts else ""
+    raise UsageError(
+        f"{pattern!r} matches no pass of the recipe",
+        hint=f"did you mean {near!r}?{whole}" if near else "it runs: " + (", ".join(names) or "-"),
+    )
 
 
 class Dump(Instrument):
@@ -211,7 +293,7 @@ class Dump(Instrument):
 
     ``000_capture.txt`` and ``.pt2``, then ``001_<pass>.txt`` and ``.pt2``, and so on; after a
     failure ``00N_<pass>.failed.txt``, if the pass returned anything. A program that did not change
-    is a link to the file before it.
+    is a link to the file before it. Bundles of earlier failures in the folder stay.
 
     Args:
         folder: made if it is missing; files of an earlier dump in it are replaced.
@@ -233,7 +315,8 @@ class Dump(Instrument):
         self._written, self._last = [], None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            present = {entry.name for entry in self.folder.iterdir()}
+            entries = [e.name for e in self.folder.iterdir() if not is_bundle_name(e.name)]
+            present = set(entries)  # what replays an earlier failure stays
         except OSError as error:
             raise UsageError(
                 f"the dump folder cannot be written: {error}", where=str(self.folder)

@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("planish.tools.show:show", "Print a model as canonical text."),
     "passes": ("planish.tools.passes:passes", "List the passes, or explain one."),
     "run-pass": ("planish.tools.run_pass:run_pass", "Run passes on a model and show the diff."),
+    "repro": ("planish.tools.repro:repro", "Replay the bundle of a failure."),
+    "diff": ("planish.tools.diff:diff", "Show what is different between two programs."),
     "compare": ("planish.tools.compare:compare", "Compare the outputs of two models or files."),
     "bench": ("planish.tools.bench_command:bench", "Time artifacts against each other."),
     "doctor": ("planish.tools.doctor:doctor", "Say what this machine and installation can do."),
@@ -94,5 +96,7 @@ def main() -> None:
         if not isinstance(error, PlanishError):
             raise
         click.echo(f"error: {error}", err=True)
+        for note in getattr(error, "__notes__", ()):
+            click.echo(f"note: {note}", err=True)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

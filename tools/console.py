@@ -24,6 +24,14 @@ def stdout() -> Console:
     return Console(width=int(os.environ.get("COLUMNS", _PLAIN_WIDTH)), color_system=None)
 
 
+def stderr() -> Console:
+    """The console for what is not a result: colored on a terminal, plain and wide elsewhere."""
+    if sys.stderr.isatty():
+        return Console(stderr=True)
+    width = int(os.environ.get("COLUMNS", _PLAIN_WIDTH))
+    return Console(stderr=True, width=width, color_system=None)
+
+
 def print_parts(parts: list[RenderableType]) -> None:
     """Print rich parts on stdout."""
     console = stdout()

@@ -15,6 +15,8 @@ from planish.tools.options import (
     target_option,
     verify_option,
 )
+from planish.tools.watching import Watching, remarks
+from planish.tools.watching import watching as watching_options
 
 
 @click.command()
@@ -26,6 +28,7 @@ from planish.tools.options import (
     "--recipe", default="exact", show_default=True, help="'none' exports the model as traced."
 )
 @verify_option
+@watching_options
 @common
 def export(
     model: str,
@@ -34,6 +37,7 @@ def export(
     target: str | None,
     recipe: str,
     verify: str,
+    watching: Watching,
     seed: int,
     as_json: bool,
     quiet: bool,
@@ -53,13 +57,20 @@ def export(
     from planish.tools.loading import load_model
 
     out = check_output(output)
-    resolve(recipe)  # a mistyped recipe is told before the model is loaded
+    watching.check(resolve(recipe))  # a mistyped recipe is told before the model is loaded
     target = check_target(target or "onnx", opset)
-    with stages(quiet=quiet) as stage:
+    progress = stages(quiet=quiet or watching.prints)
+    with watching.shown(as_json=as_json), progress as stage:
         stage("loading")
         loaded = load_model(model)
         result = optimize_loaded(
-            loaded, stage, recipe=recipe, target=target, verify=verify, seed=seed
+            loaded,
+            stage,
+            recipe=recipe,
+            target=target,
+            verify=verify,
+            seed=seed,
+            watching=watching,
         )
         stage("exporting")
         artifact = result.export(out, opset=opset, verify=verify != "off")
@@ -78,6 +89,8 @@ def export(
                 "max_abs": comparison.max_abs if comparison else None,
                 "probes": list(comparison.probes) if comparison else [],
                 "remarks": list(result.report.remarks),
+                "left_out": [p.name for p in result.report.passes if not p.ran],
+                **watching.to_dict(),
             }
         )
         return
@@ -95,5 +108,5 @@ def export(
             f"{comparison.max_abs:.2e}",
             highlight=False,
         )
-    for remark in result.report.remarks:
-        console.print(f"remark: {remark}", highlight=False)
+    for line in remarks(result.report):
+        console.print(line, highlight=False, markup=False)

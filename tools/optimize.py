@@ -17,6 +17,8 @@ from planish.tools.options import (
     target_option,
     verify_option,
 )
+from planish.tools.watching import Watching
+from planish.tools.watching import watching as watching_options
 
 
 @click.command()
@@ -37,11 +39,11 @@ from planish.tools.options import (
     metavar="MODULE:CALLABLE",
     help="Called without arguments; returns an iterable of inputs.",
 )
-@click.option("--dump-dir", type=click.Path(path_type=Path), help="Program after every pass.")
 @click.option(
     "--report", type=click.Path(path_type=Path), help="Also write the report (*.json, *.txt)."
 )
 @click.option("--all-passes", is_flag=True, help="Show passes that found nothing to do.")
+@watching_options
 @common
 def optimize(
     model: str,
@@ -51,9 +53,9 @@ def optimize(
     opset: int | None,
     verify: str,
     calibration: str | None,
-    dump_dir: Path | None,
     report: Path | None,
     all_passes: bool,
+    watching: Watching,
     seed: int,
     as_json: bool,
     quiet: bool,
@@ -65,20 +67,22 @@ def optimize(
       planish optimize ./minilm -o minilm.onnx
       planish optimize my_package.models:build -o model.onnx --recipe recipe.yaml
       planish optimize model.pt2 --recipe 'fold-batch-norm,remove-identities' --json
+      planish optimize ./minilm --dump-dir dump --print-after-change --timing
+      planish optimize dump/003_simplify-layout.pt2 --start-from 4 -o minilm.onnx
+      planish optimize ./minilm --bisect-limit 12 --disable-pass recover-attention
     """
     from planish.passes.recipe import resolve
     from planish.tools.loading import import_callable, load_model
     from planish.tools.writing import write_text
 
     out = check_output(output) if output is not None else None
-    resolve(recipe)  # a mistyped recipe is told before the model is loaded
+    watching.check(resolve(recipe))  # a mistyped recipe is told before the model is loaded
     target = check_target(target or "onnxruntime-cpu", opset)
-    with stages(quiet=quiet) as stage:
+    progress = stages(quiet=quiet or watching.prints)
+    with watching.shown(as_json=as_json), progress as stage:
         stage("loading")
         loaded = load_model(model)
-        extra: dict[str, object] = {"dump_dir": dump_dir}
-        if calibration is not None:
-            extra["calibration"] = import_callable(calibration)()
+        extra = {"calibration": import_callable(calibration)()} if calibration is not None else {}
         result = optimize_loaded(
             loaded,
             stage,
@@ -87,6 +91,7 @@ def optimize(
             verify=verify,
             seed=seed,
             extra=extra,
+            watching=watching,
         )
         if out is not None:
             stage("exporting")
@@ -95,7 +100,8 @@ def optimize(
         text = result.report.to_json() if report.suffix == ".json" else result.report.to_text()
         write_text(report, text)
     if as_json:
-        print_json({**result.report.to_dict(), "output": str(out) if out else None})
+        output = str(out) if out else None
+        print_json({**result.report.to_dict(), **watching.to_dict(), "output": output})
         return
     print_parts(result.report.render(all_passes=all_passes))
     wrote = f"wrote {out}" if out is not None else "nothing was written: give -o FILE.onnx"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from planish.passes.base import Pass
     from planish.tools.console import Stages
     from planish.tools.loading import Loaded
+    from planish.tools.watching import Watching
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,8 +57,13 @@ def optimize_loaded(
     verify: str = "each",
     seed: int = 0,
     extra: Mapping[str, Any] | None = None,
+    watching: Watching | None = None,
 ) -> Optimized:
-    """``planish.optimize`` on a loaded model, with progress."""
+    """``planish.optimize`` on a loaded model, with progress.
+
+    Raises:
+        UsageError: as ``optimize``, or an option of ``watching`` had no effect.
+    """
     import planish
     from planish.passes.instruments import Event, Progress
 
@@ -67,6 +73,9 @@ def optimize_loaded(
         elif event.kind == "end":
             stages("finishing")
 
+    named = dict(extra or {})
+    if watching is not None and watching.dump_dir is not None:
+        named["dump_dir"] = watching.dump_dir
     stages("capturing")
     return planish.optimize(
         loaded.model,
@@ -76,8 +85,8 @@ def optimize_loaded(
         target=target,
         verify=verify,  # type: ignore[arg-type]  # click has checked the choice
         seed=seed,
-        instruments=(Progress(tell),),
-        **(extra or {}),
+        instruments=(*(watching.instruments() if watching else ()), Progress(tell)),
+        **named,
     )
 
 
