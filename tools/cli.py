@@ -16,8 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "passes": ("planish.tools.passes:passes", "List the passes, or explain one."),
     "run-pass": ("planish.tools.run_pass:run_pass", "Run passes on a model and show the diff."),
     "repro": ("planish.tools.repro:repro", "Replay the bundle of a failure."),
+    "reduce": ("planish.tools.reduce:reduce", "Shrink the bundle of a failure."),
     "diff": ("planish.tools.diff:diff", "Show what is different between two programs."),
     "compare": ("planish.tools.compare:compare", "Compare the outputs of two models or files."),
+    "bisect": ("planish.tools.bisect:bisect", "Find the rewrite that makes a result bad."),
     "bench": ("planish.tools.bench_command:bench", "Time artifacts against each other."),
     "doctor": ("planish.tools.doctor:doctor", "Say what this machine and installation can do."),
 }

@@ -163,6 +163,11 @@ class _Bisector:
         )
         task.ledger.judge(found, "pass", {n: s.step for n, s in enumerate(states, 1)})
         self.ends_bad = (len(states), True) in found.asked
+        if found.at is None and len(found.asked) < len(states):
+            task.ledger.remarks.append(
+                f"{len(found.asked)} of the {len(states)} programs after passes that changed "
+                "something were looked at; exhaustive looks at all"
+            )
         return states[found.at - 1] if found.at else None
 
     def confirm(self, state: State, culprit: Culprit) -> None:
