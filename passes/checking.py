@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from planish.ir.compare import Fidelity, bounds_of, difference, measure, worst
 from planish.ir.errors import PlanishError, UsageError, VerificationError
-from planish.ir.execute import run
+from planish.ir.execute import Observer, run
+from planish.ir.lockstep import is_random
 from planish.ir.probe import Reference, second_reference
 from planish.ir.program import Program
+from planish.ir.symbols import Symbols
 from planish.ir.text import diff
 from planish.ir.verify import verify
 from planish.passes.base import Contract, PassResult
+from planish.passes.debug.attribution import Sweep, with_errors
+from planish.passes.debug.lineage import Notes, Stands, follow, origins, stands
 from planish.passes.steps import Instrument, Run, Step
 
 _SHOWN = 24  # lines of a diff in a message
@@ -65,29 +68,72 @@ class _Probe:
     measured: bool  # real data, on which an error means something
 
 
+class _Lineage:
+    """Which value of the original each value of the current program stands for.
+
+    Args:
+        run: where every value stands for itself yet.
+    """
+
+    def __init__(self, run: Run):
+        self.names: Mapping[str, str] = origins(run.original)
+        self.notes: Notes | None = None  # of the current program, on the first sample
+        lossy = [s.index for s in run.steps if s.pass_.contract is Contract.LOSSY]
+        self._last = max(lossy, default=0)
+        self._samples = bool(run.original.samples)
+
+    def wanted(self, index: int) -> bool:
+        """Whether a lossy pass follows on a step, which will ask."""
+        return index < self._last
+
+    def new_notes(self, index: int) -> Notes | None:
+        """To note values in after a step; None where nobody will ask, or there is no sample."""
+        return Notes() if self._samples and self.wanted(index) else None
+
+    def follow(self, step: Step, after: Program, found: Stands, notes: Notes | None) -> None:
+        """Carry it over a pass, whose values on the first sample were noted."""
+        if not self.wanted(step.index):
+            return
+        old, self.notes = self.notes, notes
+        if step.pass_.contract is Contract.LOSSY or old is None or notes is None:
+            self.names = follow(self.names, found, after)
+        else:
+            known, fresh = old, notes
+            self.names = follow(self.names, found, after, lambda b, a: fresh.agree(b, known, a))
+
+
 class CompareEach(Instrument):
     """Run each changed program and compare: exact passes must agree, lossy ones are measured.
 
     Every program runs once per probe; the probes are the samples and a second set of inputs at
     other legal sizes. What a lossy pass did is measured on the samples and on the first batches
-    of the calibration data.
+    of the calibration data: at the outputs, of which the worst batch counts, and at every value it
+    rewrote, over all batches together. For that the original, the program before and the one after
+    run side by side, once each.
 
     Args:
         at_end: compare only the result of the whole run with the original.
         seed: of the second probe.
         batches: how many calibration batches a lossy pass is measured on.
+
+    Attributes:
+        reference: the second probe of the latest run; None where it has not come to that.
     """
 
     def __init__(self, *, at_end: bool = False, seed: int = 0, batches: int = 8):
         self.at_end = at_end
         self.seed = seed
         self.batches = batches
+        self.reference: Reference | None = None
 
     def before_pipeline(self, run: Run) -> None:
         """Forget the run before."""
         self._probes: list[_Probe] | None = None
         self._bounds: tuple[float, ...] = ()
         self._rejected: tuple[str, ...] = ()
+        self._lineage = _Lineage(run)
+        self.reference = None
+        self._symbols = Symbols(run.original)
 
     def after_pass(self, step: Step, result: PassResult) -> None:
         """Compare the program with the one before.
@@ -103,23 +149,77 @@ class CompareEach(Instrument):
         if fresh:
             for sentence in self._rejected:
                 step.remark(f"the second probe was weakened: {sentence}")
-        answers = [self._answer(result.program, probe) for probe in probes]
-        lossy = step.pass_.contract is Contract.LOSSY
-        for probe, answer in zip(probes, answers, strict=True):
-            problem = (
-                _unusable(probe.current, answer)
-                if lossy
-                else self._problem(step.run, probe, answer)
-            )
-            if problem:
-                raise VerificationError(
-                    f"it is {step.pass_.contract.value}, and at {probe.name} {problem}",
-                    where=_where(step, result),
-                    hint="leave the pass out of the recipe, and report this with the recipe",
-                )
-        self._record(step, result, answers, lossy=lossy)
+        if step.pass_.contract is Contract.LOSSY:
+            answers = self._measure(step, result, probes)
+        else:
+            answers = self._compare(step, result, probes)
         for probe, answer in zip(probes, answers, strict=True):
             probe.current = answer
+
+    def _compare(
+        self, step: Step, result: PassResult, probes: Sequence[_Probe]
+    ) -> list[tuple[Any, ...]]:
+        """Hold an exact pass to its promise; returns its answers."""
+        notes = self._lineage.new_notes(step.index)
+        answers = []
+        for number, probe in enumerate(probes):
+            observe = notes.observe if notes is not None and number == 0 else None
+            answers.append(self._answer(result.program, probe, observe))
+        for probe, answer in zip(probes, answers, strict=True):
+            problem = self._problem(step.run, probe, answer)
+            if problem:
+                raise _broken(step, result, probe, problem)
+        pairs = [(p, a) for p, a in zip(probes, answers, strict=True) if p.measured]
+        step.record.fidelity = worst([measure(p.current, a) for p, a in pairs])
+        step.record.cumulative = worst([measure(p.original, a) for p, a in pairs])
+        if self._lineage.wanted(step.index):
+            assert step.before is not None
+            found = stands(step.before, result.program, result.changes)
+            self._lineage.follow(step, result.program, found, notes)
+        return answers
+
+    def _measure(
+        self, step: Step, result: PassResult, probes: Sequence[_Probe]
+    ) -> list[tuple[Any, ...]]:
+        """Measure a lossy pass, at the outputs and at what it rewrote; returns its answers."""
+        before, after, original = step.before, result.program, step.run.original
+        assert before is not None
+        found = stands(before, after, result.changes)
+        sweep = Sweep(original, before, after, found, self._lineage.names, self.seed)
+        local, total = [], []
+        answers = []
+        notes = self._lineage.new_notes(step.index)
+        for number, probe in enumerate(probes):
+            observe = notes.observe if notes is not None and number == 0 else None
+            if probe.measured and sweep.rewritten:
+                with _at(probe.name):
+                    answer = sweep.run(probe.inputs, observe).after
+            else:
+                answer = self._answer(after, probe, observe)
+            problem = _unusable(probe.current, answer)
+            if problem:
+                raise _broken(step, result, probe, problem)
+            if probe.measured:
+                local.append(measure(probe.current, answer))
+                total.append(measure(probe.original, answer))
+            answers.append(answer)
+        for number, inputs in enumerate(islice(step.run.context.calibration or (), self.batches)):
+            with _at(f"calibration batch {number}"):
+                outputs = sweep.run(inputs)
+            local.append(measure(outputs.before, outputs.after))
+            total.append(measure(outputs.original, outputs.after))
+        if not local:
+            raise VerificationError(
+                "it is lossy, and there is no input to measure its error on",
+                hint="give the program sample inputs, or pass calibration=...",
+            )
+        record = step.record
+        record.fidelity, record.cumulative = worst(local), worst(total)
+        record.node_errors = sweep.errors()
+        record.changes = with_errors(record.changes, record.node_errors)
+        _remark_unmeasured(step)
+        self._lineage.follow(step, after, found, notes)
+        return answers
 
     def after_pipeline(self, run: Run) -> None:
         """Compare the result with the original.
@@ -178,11 +278,14 @@ class CompareEach(Instrument):
             program = run.original
             self._bounds = self.bounds(program)
             probes = []
+            self._lineage.notes = notes = self._lineage.new_notes(0)
             for number, sample in enumerate(program.samples):
-                answer = run_seeded(program, sample, self.seed)
+                observe = notes.observe if notes is not None and number == 0 else None
+                answer = run_seeded(program, sample, self.seed, observe)
                 name = "the sample inputs" if number == 0 else f"sample {number}"
                 probes.append(_Probe(name, sample, answer, answer, measured=True))
-            second = self.second(program)
+            with self._symbols.restored():  # a pass may have fixed a size of all programs
+                second = self.reference = self.second(program)
             self._rejected = second.rejected
             if second.inputs is not None:
                 sizes = ", ".join(f"{k}={v}" for k, v in (second.sizes or {}).items())
@@ -195,50 +298,61 @@ class CompareEach(Instrument):
             self._probes = probes
         return self._probes
 
-    def _answer(self, program: Program, probe: _Probe) -> tuple[Any, ...]:
-        try:
-            return run_seeded(program, probe.inputs, self.seed)
-        except PlanishError as error:
-            error.within(f"the program no longer runs on {probe.name}")
-            raise VerificationError(error.what, where=error.where) from error
+    def _answer(
+        self, program: Program, probe: _Probe, observe: Observer | None = None
+    ) -> tuple[Any, ...]:
+        with _at(probe.name):
+            return run_seeded(program, probe.inputs, self.seed, observe)
 
     def _problem(self, run: Run, probe: _Probe, answer: tuple[Any, ...]) -> str | None:
         names = run.original.signature.output_names
         return difference(probe.current, answer, names=names, bounds=self._bounds)
 
-    def _record(
-        self, step: Step, result: PassResult, answers: Sequence[tuple[Any, ...]], *, lossy: bool
-    ) -> None:
-        assert self._probes is not None
-        assert step.before is not None
-        pairs = [(p, a) for p, a in zip(self._probes, answers, strict=True) if p.measured]
-        local = [measure(p.current, a) for p, a in pairs]
-        total = [measure(p.original, a) for p, a in pairs]
-        if lossy:
-            for inputs in islice(step.run.context.calibration or (), self.batches):
-                answer = run_seeded(result.program, inputs, self.seed)
-                local.append(measure(run_seeded(step.before, inputs, self.seed), answer))
-                total.append(measure(run_seeded(step.run.original, inputs, self.seed), answer))
-            if not local:
-                raise VerificationError(
-                    "it is lossy, and there is no input to measure its error on",
-                    hint="give the program sample inputs, or pass calibration=...",
-                )
-        step.record.fidelity, step.record.cumulative = worst(local), worst(total)
+
+@contextmanager
+def _at(name: str) -> Iterator[None]:
+    """A program that fails here ran on these inputs before the pass."""
+    try:
+        yield
+    except VerificationError:
+        raise
+    except PlanishError as error:
+        error.within(f"the program no longer runs on {name}")
+        raise VerificationError(error.what, where=error.where) from error
 
 
-def run_seeded(program: Program, inputs: Sequence[Any], seed: int) -> tuple[Any, ...]:
+def _broken(step: Step, result: PassResult, probe: _Probe, problem: str) -> VerificationError:
+    return VerificationError(
+        f"it is {step.pass_.contract.value}, and at {probe.name} {problem}",
+        where=_where(step, result),
+        hint="leave the pass out of the recipe, and report this with the recipe",
+    )
+
+
+def _remark_unmeasured(step: Step) -> None:
+    """Name the rewrites whose error nobody will find in the table."""
+    measured = {error.site for error in step.record.node_errors}
+    left = [c for c in step.record.changes if c.number not in measured]
+    if left:
+        shown = ", ".join(f"{c.rule} at {c.node}" for c in left[:3])
+        more = f", and {len(left) - 3} more" if len(left) > 3 else ""
+        step.remark(
+            f"{len(left)} of {len(step.record.changes)} rewrites left no value that could be "
+            f"measured by itself: {shown}{more}"
+        )
+
+
+def run_seeded(
+    program: Program, inputs: Sequence[Any], seed: int, observe: Observer | None = None
+) -> tuple[Any, ...]:
     """Run a program; one that draws random numbers always draws the same, and nobody notices."""
     with _seeded(program, seed):
-        return run(program, inputs)
+        return run(program, inputs, observe=observe)
 
 
 @contextmanager
 def _seeded(program: Program, seed: int) -> Iterator[None]:
-    tag = torch.Tag.nondeterministic_seeded
-    if not any(
-        isinstance(n.target, OpOverload) and tag in n.target.tags for n in program.operators
-    ):
+    if not any(is_random(node) for node in program.operators):
         yield
         return
     with torch.random.fork_rng(devices=[]):

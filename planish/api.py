@@ -86,7 +86,7 @@ def optimize(
     from planish.backends.registry import load_target
     from planish.passes.calibrate import UNUSED, needs_calibration, spool
     from planish.passes.debug.reproduce import Reproduce
-    from planish.passes.instruments import default_instruments
+    from planish.passes.instruments import CompareEach, default_instruments
 
     _check_call(target, verify, dump_dir, instruments, calibration, loss, labeled, seed)
     resolved = resolve(recipe, target=target, seed=seed)
@@ -112,7 +112,9 @@ def optimize(
         generator=torch.Generator().manual_seed(seed),
     )
     watchers = default_instruments(verify=verify, dump_dir=dump_dir, seed=seed)
-    reproduce = Reproduce(dump_dir, verify=verify, seed=seed)  # sees what all others raise
+    compare = next((w for w in watchers if isinstance(w, CompareEach)), None)
+    # First, so that it sees what all others raise.
+    reproduce = Reproduce(dump_dir, verify=verify, seed=seed, compare=compare)
     start = time.perf_counter()
     try:
         finished = run_pipeline(program, resolved, context, (reproduce, *instruments, *watchers))
@@ -284,6 +286,8 @@ def _report(
             cost=record.cost,
             remarks=record.remarks,
             ran=record.ran,
+            cumulative=record.cumulative,
+            node_errors=record.node_errors,
         )
         for record in finished.records
     )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from planish.accuracy import accuracy_parts, ranked, sqnr_text
 from planish.ir.compare import Fidelity
 from planish.ir.cost import Cost
 from planish.passes import Change, Refusal
+from planish.passes.steps import NodeError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from planish.graphdata import Graphs
+
+__all__ = ["PassEntry", "Report", "cost_cells", "fidelity_text", "sqnr_text"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class PassEntry:
         cost: parameters, bytes and MACs after the pass.
         remarks: sentences the reader should see.
         ran: False where an option left the pass out.
+        cumulative: outputs against the original program; None where nothing was compared.
+        node_errors: of a lossy pass, the error of every value it rewrote.
     """
 
     name: str
@@ -45,6 +52,8 @@ class PassEntry:
     cost: Cost
     remarks: tuple[str, ...] = ()
     ran: bool = True
+    cumulative: Fidelity | None = None
+    node_errors: tuple[NodeError, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -53,11 +62,14 @@ class PassEntry:
             "ran": self.ran,
             "options": self.options,
             "contract": self.contract,
-            "changes": [asdict(c) for c in self.changes],
+            "changes": [_change_dict(c) for c in self.changes],
             "refusals": [asdict(r) for r in self.refusals],
             "seconds": round(self.seconds, 6),
             "sqnr_db": self.fidelity.to_dict()["sqnr_db"] if self.fidelity else None,
             "equal": self.fidelity.equal if self.fidelity else None,
+            "fidelity": self.fidelity.to_dict() if self.fidelity else None,
+            "cumulative": self.cumulative.to_dict() if self.cumulative else None,
+            "node_errors": [error.to_dict() for error in self.node_errors],
             "parameters": self.cost.parameters,
             "bytes": self.cost.bytes,
             "macs": self.cost.macs,
@@ -130,6 +142,7 @@ class Report:
             "target": self.target,
             "runtime": dict(self.runtime) if self.runtime is not None else None,
             "fidelity": self.fidelity.to_dict() if self.fidelity else None,
+            "accuracy": [loss.to_dict() for loss in ranked(self.passes)],
             "versions": dict(self.versions),
             "seed": self.seed,
             "recipe": self.recipe,
@@ -178,6 +191,7 @@ class Report:
         if left_out:
             parts.append(Text(f"left out: {', '.join(left_out)}", style="yellow"))
         parts.extend(Text(line) for line in self._summary())
+        parts.extend(accuracy_parts(ranked(self.passes)))
         for entry in self.passes:
             for reason, count in Counter(r.reason for r in entry.refusals).most_common(3):
                 times = f" ({count} times)" if count > 1 else ""
@@ -190,10 +204,15 @@ class Report:
         from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        lossy = any(entry.contract == "lossy" for entry in self.passes)
+        # With both errors there are ten columns, which 100 characters hold without wide gaps only.
+        table = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if lossy else (0, 1)
+        )
         table.add_column("pass", overflow="fold")
         table.add_column("contract")
-        for title in ("changes", "declined", "ms", "SQNR dB", "parameters", "bytes", "MACs"):
+        errors = ("local\ndB", "total\ndB") if lossy else ("SQNR dB",)
+        for title in ("changes", "declined", "ms", *errors, "parameters", "bytes", "MACs"):
             table.add_column(title, justify="right")
         for entry in self.passes:
             if not all_passes and not entry.changes and not entry.refusals:
@@ -205,6 +224,7 @@ class Report:
                 str(len(entry.refusals)),
                 f"{1e3 * entry.seconds:.1f}",
                 sqnr_text(entry.fidelity),
+                *([sqnr_text(entry.cumulative)] if lossy else []),
                 *cost_cells(entry.cost),
             )
         return table
@@ -229,17 +249,17 @@ def _ratios(before: Cost, after: Cost) -> dict[str, float | None]:
     return {name: round(new[name] / old[name], 6) if old[name] else None for name in old}
 
 
-def sqnr_text(fidelity: Fidelity | None) -> str:
-    """SQNR in dB for a table; ``equal`` where there is no difference at all."""
-    if fidelity is None:
-        return "-"
-    value = fidelity.to_dict()["sqnr_db"]
-    return "equal" if value is None else f"{value:.1f}"
+def _change_dict(change: Change) -> dict[str, Any]:
+    """A change for JSON: an infinite error is None; the node errors tell which kind."""
+    found = asdict(change)
+    if change.error is not None:
+        found["error"] = {k: v if math.isfinite(v) else None for k, v in change.error.items()}
+    return found
 
 
 def fidelity_text(fidelity: Fidelity) -> str:
     """One line for people."""
-    if fidelity.to_dict()["sqnr_db"] is None and fidelity.equal:
+    if fidelity.equal:
         return "identical"
     return (
         f"SQNR {sqnr_text(fidelity)} dB, cosine {fidelity.cosine:.6f}, "

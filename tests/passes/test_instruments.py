@@ -143,9 +143,9 @@ def test_every_changed_program_runs_once_per_probe(
 ) -> None:
     seen: list[Program] = []
 
-    def counted(p: Program, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def counted(p: Program, inputs: tuple[Any, ...], observe: Any = None) -> tuple[Any, ...]:
         seen.append(p)
-        return execute(p, inputs)
+        return execute(p, inputs, observe=observe)
 
     monkeypatch.setattr(checking, "run", counted)
     passes = (Everything(), SwapActivation(), Everything(), SwapActivation(), rewriting(halve))
