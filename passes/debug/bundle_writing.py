@@ -76,8 +76,10 @@ def write_bundle(
         final = folder / (_PREFIX + _digest(partial, facts))
         (partial / NAME).write_bytes(_pretty(facts))
         trace = "".join(traceback.format_exception(error)) if error else facts.failure.message
-        (partial / "error.txt").write_text(trace + "\n", encoding="utf-8")
-        (partial / "README.txt").write_text(readme(partial, final, facts), encoding="utf-8")
+        (partial / "error.txt").write_text(trace + "\n", "utf-8", "backslashreplace")
+        (partial / "README.txt").write_text(
+            readme(partial, final, facts), "utf-8", "backslashreplace"
+        )
         _move(partial, final)
     except OSError as problem:
         raise ExportError(

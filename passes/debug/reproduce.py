@@ -14,6 +14,7 @@ from planish.ir.compare import bounds_of
 from planish.ir.errors import PlanishError, RecipeError, UnsupportedError
 from planish.ir.files import load
 from planish.ir.program import Program
+from planish.ir.symbols import Symbols
 from planish.ir.text import text
 from planish.passes.base import Fact, Pass
 from planish.passes.checking import CompareEach
@@ -53,6 +54,7 @@ class Reproduce(Instrument):
             for temporary files.
         verify: as the other instruments check, so that a replay checks alike.
         seed: of the second probe.
+        compare: the instrument whose second probe a replay must take; None derives it again.
     """
 
     def __init__(
@@ -61,21 +63,26 @@ class Reproduce(Instrument):
         *,
         verify: Literal["each", "end", "off"] = "each",
         seed: int = 0,
+        compare: CompareEach | None = None,
     ):
         self.folder = folder
         self.verify = verify
         self.seed = seed
+        self.compare = compare
         self._began = self._step_began = 0
         self._told: BaseException | None = None
 
     def before_pipeline(self, run: Run) -> None:
-        """Remember where the numbering of sites stands."""
+        """Remember what the passes will change besides the program."""
         self._began = self._step_began = run.context.sites.count
+        self._symbols = self._step_symbols = Symbols(run.original)
         self._told = None
 
     def before_pass(self, step: Step) -> None:
-        """Remember where the numbering of sites stands."""
+        """Remember what the pass will change besides the program."""
+        assert step.before is not None
         self._step_began = step.run.context.sites.count
+        self._step_symbols = Symbols(step.before)
 
     def after_failure(self, step: Step, error: BaseException) -> None:
         """Bundle the program before the pass, and the recipe from there on."""
@@ -93,7 +100,9 @@ class Reproduce(Instrument):
         problems: list[str] = []
         for subject in self._subjects(run, step):
             try:
-                tell(error, self._bundle(error, subject))
+                with subject.symbols.restored():
+                    folder = self._bundle(error, subject)
+                tell(error, folder)
             except Exception as problem:  # the first error must show, whatever keeps us
                 why = problem.what if isinstance(problem, PlanishError) else repr(problem)
                 problems.append(f"{subject.name}: {why}")
@@ -104,11 +113,21 @@ class Reproduce(Instrument):
     def _subjects(self, run: Run, step: Step | None) -> list[_Subject]:
         """What to bundle, the best first."""
         planned = [s for s in run.steps if s.planned]
-        whole = _Subject("the original program", run, run.original, planned, self._began, None)
+        whole = _Subject(
+            "the original program", run, run.original, planned, self._began, self._symbols, None
+        )
         if step is None or step.before is None:
             return [whole]
         rest = [s for s in planned if s.index >= step.index]
-        own = _Subject("the program before it", run, step.before, rest, self._step_began, step)
+        own = _Subject(
+            "the program before it",
+            run,
+            step.before,
+            rest,
+            self._step_began,
+            self._step_symbols,
+            step,
+        )
         if step.before is run.original:
             return [own]
         # Unchecked, an earlier pass may have left a program that no file can hold.
@@ -121,7 +140,8 @@ class Reproduce(Instrument):
         checked = self.verify != "off"
         probe, sizes = None, dict[str, int]()
         if checked:
-            second = CompareEach(seed=self.seed).second(run.original)
+            taken = self.compare.reference if self.compare is not None else None
+            second = taken or CompareEach(seed=self.seed).second(run.original)
             probe, sizes = second.inputs, dict(second.sizes or {})
         sites, context = run.context.sites, run.context
         recipe = replace(run.recipe, passes=kept, target=run.recipe.target or context.target)
@@ -165,6 +185,7 @@ class _Subject:
     program: Program
     steps: Sequence[Step]
     count: int
+    symbols: Symbols
     failing: Step | None
 
 
