@@ -76,6 +76,9 @@ def cli() -> None:
       planish export my_package.models:build -o model.onnx --opset 20
       planish run-pass model.pt2 fold-batch-norm
     """
+    # Models, passes, metrics and data named as package.module:name may lie in the current folder.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def main() -> None:
