@@ -67,19 +67,20 @@ def default_instruments(
     if verify not in ("each", "end", "off"):
         raise UsageError(f"verify is {verify!r}", hint="use 'each', 'end' or 'off'")
     found: list[Instrument] = []
+    at_end = verify == "end"
+    compare = CompareEach(at_end=at_end, seed=seed) if verify != "off" else None
     if reproduce:
         from planish.passes.debug.reproduce import Reproduce
 
         # Outermost: it must see what all others raise.
-        found.append(Reproduce(dump_dir, verify=verify, seed=seed))
+        found.append(Reproduce(dump_dir, verify=verify, seed=seed, compare=compare))
     if progress is not None:
         found.append(Progress(progress))
     if dump_dir is not None:
         found.append(Dump(dump_dir))
-    if verify != "off":
+    if compare is not None:
         # Called in reverse after a pass: invariants first, numbers only of a sound program.
-        at_end = verify == "end"
-        found += [CompareEach(at_end=at_end, seed=seed), VerifyEach(at_end=at_end)]
+        found += [compare, VerifyEach(at_end=at_end)]
     return tuple(found)
 
 
