@@ -135,7 +135,7 @@ class SwapActivation(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundWeights(Pass):
-    """Round all constants to multiples of ``step``: lossy."""
+    """Round all floating-point constants to multiples of ``step``: lossy."""
 
     name: ClassVar[str] = "round-weights"
     contract: ClassVar[Contract] = Contract.LOSSY
@@ -148,6 +148,8 @@ class RoundWeights(Pass):
         for node in program.graph.find_nodes(op="get_attr"):
             value = program.constant(node)
             assert value is not None
+            if not value.is_floating_point():
+                continue
             with rewriter.site("round", node) as allowed:
                 if allowed:
                     rounded = (value / self.step).round() * self.step
