@@ -241,14 +241,19 @@ def _write(found: Bisection, folder: Path | None) -> dict[str, str | None]:
     from planish.ir.files import save
 
     written: dict[str, str | None] = {}
-    if folder is None:
+    if folder is None or not found.found:
         return written
     for name, program in (("before", found.before), ("after", found.after)):
-        written[name] = None
-        if program is not None:
-            path = folder / f"{name}.pt2"
+        path = folder / f"{name}.pt2"
+        written[name] = str(path)
+        if program is None:
+            written[name] = None
+            continue
+        try:
             save(program, path)
-            written[name] = str(path)
+        except Exception as error:  # what is no valid program may fail in any way
+            written[name] = None
+            sys.stderr.write(f"the program {name} the rewrite cannot be saved: {error}\n")
     return written
 
 
@@ -258,7 +263,10 @@ def _difference(found: Bisection) -> list[str]:
 
     if found.before is None or found.after is None:
         return []
-    difference = compare(found.before, found.after)
+    try:
+        difference = compare(found.before, found.after)
+    except Exception as error:  # what is no valid program may fail in any way
+        return [f"the program after it cannot be printed: {type(error).__name__}: {error}"]
     return difference.unified(context=_CONTEXT, names=("before", "after"))
 
 
@@ -302,8 +310,8 @@ def _report(
         say(f"remark: {remark}", "yellow")
     if found.found:
         if found.site is not None:
-            limits = f"--bisect-limit {found.site - 1} and --bisect-limit {found.site}"
-            say(f"see it: planish optimize with {limits}")
+            limits = f"--bisect-limit {found.site - 1}", f"--bisect-limit {found.site}"
+            say(f"see it: planish optimize with {limits[0]}, and with {limits[1]}")
         say(f"without it: {found.suggestion}", "bold")
     for name, path in written.items():
         say(f"wrote {path}" if path else f"there is no program {name} it: nothing was written")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from planish.ir.errors import PlanishError, UsageError
+from planish.ir.errors import PassError, UsageError, VerificationError
 from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.debug.bisect_ledger import Ledger
@@ -54,6 +54,7 @@ def bisect(
         UsageError: the original program is bad already, or has no sample inputs; or nothing is
             there to be left out where that was wished.
         RequirementError: a pass needs something that the context lacks.
+        PlanishError: what the predicate itself raises: the original cannot be exported.
     """
     make = context_factory or (lambda: PassContext(target=recipe.target or "onnx"))
     task = Task(
@@ -81,6 +82,12 @@ class _Bisector:
         task.working("running the recipe")
         whole = task.run(task.recipe)
         self.check_excluded(whole)
+        if whole.failed is not None and whole.failed.spoiled and not task.watching:
+            task.watching = True
+            task.ledger.remarks.append(
+                f"pass {whole.failed.pass_.name} wrote into constants that the original program "
+                "reads: outputs tell nothing any more, so its error is what was looked for"
+            )
         guilty = self.pass_level(whole)
         if guilty is None:
             return self.answer(found=False)
@@ -111,9 +118,7 @@ class _Bisector:
         task.working("looking at the original program")
         try:
             verdict = task.predicate.prepare(task.program)
-        except UsageError:
-            raise
-        except PlanishError as error:
+        except (PassError, VerificationError) as error:
             verdict = Verdict(True, error.what)
         text = f"the original program: {verdict.text}"
         total = len(task.recipe.passes)

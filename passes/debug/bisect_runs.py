@@ -11,6 +11,7 @@ from torch import Tensor
 from planish.ir.changes import Change, SiteCounter
 from planish.ir.errors import PlanishError, RequirementError, VerificationError, source_line
 from planish.ir.program import Program
+from planish.ir.snapshot import Snapshot
 from planish.ir.text import digest, text
 from planish.passes.base import Pass, PassContext, PassResult
 from planish.passes.pipeline import run_pipeline
@@ -48,6 +49,7 @@ class State:
             of all sites it was granted.
         changes: what it recorded.
         error: what stopped it, if anything did.
+        spoiled: whether it wrote into the constants that it shares with all programs before.
     """
 
     step: int
@@ -58,6 +60,7 @@ class State:
     sites: tuple[int, ...]
     changes: tuple[Change, ...] = ()
     error: Exception | None = None
+    spoiled: bool = False
 
     def change(self, number: int) -> Change | None:
         """The change of a site."""
@@ -94,9 +97,12 @@ class _Keep(Instrument):
         self.sites = sites
         self.states: list[State] = []
         self._first = 0
+        self._constants: Snapshot | None = None
 
     def before_pass(self, step: Step) -> None:
+        assert step.before is not None  # it is the step's turn
         self._first = self.sites.count
+        self._constants = Snapshot(step.before)
 
     def after_pass(self, step: Step, result: PassResult) -> None:
         if step.record.changed:
@@ -107,7 +113,8 @@ class _Keep(Instrument):
             self._keep(step, step.after, error)
 
     def _keep(self, step: Step, program: Program | None, error: Exception | None) -> None:
-        assert step.before is not None  # it is the step's turn
+        assert step.before is not None
+        assert self._constants is not None
         granted = [n for n in self.sites.log if n > self._first]
         changes = step.record.changes
         if program is not None:  # a site at which nothing was edited is none
@@ -123,6 +130,7 @@ class _Keep(Instrument):
                 tuple(granted),
                 changes,
                 error,
+                error is not None and any(self._constants.written()),
             )
         )
 
