@@ -68,7 +68,7 @@ def accuracy_parts(losses: Sequence[Loss]) -> list[RenderableType]:
         node = error.node
         if error.constant is not None:
             node += f"\n  {_shortened(error.constant)}"
-        table.add_row(
+        cells = (
             loss.pass_name,
             error.rule,
             node,
@@ -77,6 +77,8 @@ def accuracy_parts(losses: Sequence[Loss]) -> list[RenderableType]:
             sqnr_text(error.cumulative),
             _place(error.source),
         )
+        # As texts: in plain strings rich would read ":100:" and "[0]" as its own markup.
+        table.add_row(*(Text(cell) for cell in cells))
     head = (
         "where the accuracy went: SQNR of the rewrite alone (own), against the program before "
         "the pass (local) and against the original (total)"
