@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ from planish.ir.errors import UsageError
 if TYPE_CHECKING:
     from planish.optimized import Optimized
     from planish.passes.base import Pass
+    from planish.passes.steps import Instrument
     from planish.tools.console import Stages
     from planish.tools.loading import Loaded
     from planish.tools.watching import Watching
@@ -58,6 +59,7 @@ def optimize_loaded(
     seed: int = 0,
     extra: Mapping[str, Any] | None = None,
     watching: Watching | None = None,
+    instruments: Sequence[Instrument] = (),
 ) -> Optimized:
     """``planish.optimize`` on a loaded model, with progress.
 
@@ -85,7 +87,7 @@ def optimize_loaded(
         target=target,
         verify=verify,  # type: ignore[arg-type]  # click has checked the choice
         seed=seed,
-        instruments=(*(watching.instruments() if watching else ()), Progress(tell)),
+        instruments=(*(watching.instruments() if watching else ()), *instruments, Progress(tell)),
         **named,
     )
 
