@@ -1,0 +1,84 @@
+"""Sums over batches: as if all batches were one tensor."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planish.ir.compare import Accumulator, measure, worst
+from planish.ir.errors import UsageError
+from tests.support.strategies import normal
+
+INF, NAN = math.inf, math.nan
+
+
+def accumulated(*pairs: tuple[object, object]) -> Accumulator:
+    found = Accumulator()
+    for reference, value in pairs:
+        found.add(reference, value)
+    return found
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 99))
+def test_batches_of_any_size_count_as_one_tensor(sizes: list[int], seed: int) -> None:
+    whole = normal((sum(sizes), 3), seed)
+    noisy = whole + 0.1 * normal((sum(sizes), 3), seed + 1)
+    pairs = zip(whole.split(sizes), noisy.split(sizes), strict=True)
+    found, expected = accumulated(*pairs).fidelity(), measure((whole,), (noisy,))
+    assert found.sqnr_db == pytest.approx(expected.sqnr_db)
+    assert found.cosine == pytest.approx(expected.cosine)
+    assert found.rel_l2 == pytest.approx(expected.rel_l2)
+    assert found.max_abs == expected.max_abs
+
+
+def test_sums_are_added_and_the_worst_batch_is_not_taken() -> None:
+    # signal 9 + 16, noise 1 + 0: 20 log10(5 / 1), where the worse batch alone has 20 log10(3 / 1).
+    one, two = torch.tensor([3.0]), torch.tensor([4.0])
+    found = accumulated((one, one + 1), (two, two)).fidelity()
+    assert found.sqnr_db == pytest.approx(20 * math.log10(5))
+    assert measure((one,), (one + 1,)).sqnr_db == pytest.approx(20 * math.log10(3))
+
+
+def test_batches_of_very_different_scale_are_brought_to_one() -> None:
+    large = torch.tensor([1e200, 2e200], dtype=torch.float64)
+    small = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    found = accumulated((small, small), (large, 1.5 * large), (small, 2 * small)).fidelity()
+    assert found.rel_l2 == pytest.approx(0.5)
+    assert found.sqnr_db == pytest.approx(20 * math.log10(2))
+
+
+def test_each_part_is_measured_by_itself_and_the_worst_counts() -> None:
+    big, small = 1000 * normal((4,), 0), normal((4,), 1)
+    found = accumulated(((big, small), (big, 2 * small))).fidelity()
+    assert found == worst([measure((big,), (big,)), measure((small,), (2 * small,))])
+    assert found.rel_l2 == pytest.approx(1.0)
+
+
+def test_one_broken_batch_breaks_all() -> None:
+    good, bad = torch.ones(2), torch.tensor([1.0, NAN])
+    found = accumulated((good, good), (good, bad), (good, good)).fidelity()
+    assert (found.sqnr_db, found.max_abs, found.equal) == (-INF, INF, False)
+    assert accumulated((bad, bad), (good, good)).fidelity().equal
+
+
+def test_numbers_and_equal_values() -> None:
+    assert accumulated((3, 3), (4, 4)).fidelity().equal
+    assert accumulated((3, 4)).fidelity().max_abs == 1.0
+    assert accumulated((None, None)).fidelity().equal
+
+
+@pytest.mark.parametrize(
+    ("pairs", "what"),
+    [
+        ([], "there was no batch"),
+        ([(torch.ones(2), torch.ones(3))], r"a value has shape \[3\]"),
+        ([((torch.ones(2),), (torch.ones(2), 1))], "a value has 2 parts, and its reference 1"),
+        ([(torch.ones(2), torch.ones(2)), ((1, 2), (1, 2))], "has 2 parts, and its reference 1"),
+        ([((1, torch.ones(2)), (1, 2))], "part 1 of a value is a int where"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error(pairs: list[tuple[object, object]], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        accumulated(*pairs).fidelity()

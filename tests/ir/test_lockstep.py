@@ -1,0 +1,136 @@
+"""Side by side: the same answers as alone, values that meet, and few of them alive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import Node
+
+from planish.ir import Program, capture
+from planish.ir.errors import PassError
+from planish.ir.execute import run
+from planish.ir.lockstep import Meeting, lockstep
+from planish.tools.bench.live_bytes import LiveBytes
+
+DEPTH, WIDTH, BATCH = 200, 8, 16
+
+
+def deep(depth: int = DEPTH) -> nn.Module:
+    """A chain of layers, each of which only the next one reads."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(depth // 2) for m in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]
+    return nn.Sequential(*layers).eval()
+
+
+def captured(module: nn.Module, *inputs: Tensor) -> Program:
+    shapes = tuple({0: Dim("batch", max=1024)} for _ in inputs)
+    return capture(module, inputs, dynamic_shapes=(shapes,) if len(inputs) > 1 else shapes)
+
+
+def pairs(one: Program, two: Program) -> list[tuple[Node, Node]]:
+    return list(zip(one.operators, two.operators, strict=True))
+
+
+def test_every_program_gives_what_it_gives_alone_and_values_meet_their_partners() -> None:
+    first = captured(deep(6), torch.randn(BATCH, WIDTH))
+    second = first.clone()
+    second.constants = {n: c + 1 for n, c in first.constants.items() if isinstance(c, Tensor)}
+    inputs = (torch.randn(5, WIDTH),)
+    alone: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for program, values in zip((first, second), alone, strict=True):
+        run(program, inputs, observe=lambda n, v, values=values: values.update({n.name: v}))
+    met: dict[str, tuple[Any, ...]] = {}
+
+    def meeting(a: Node, b: Node) -> Meeting:
+        return Meeting(((0, a), (1, b)), lambda values: met.update({a.name: values}))
+
+    meetings = [meeting(a, b) for a, b in pairs(first, second)]
+    outputs = lockstep([first, second], inputs, meetings)
+    assert torch.equal(outputs[0][0], run(first, inputs)[0])
+    assert torch.equal(outputs[1][0], run(second, inputs)[0])
+    assert list(met) == [n.name for n in first.operators]
+    for name, (a, b) in met.items():
+        assert torch.equal(a, alone[0][name])
+        assert torch.equal(b, alone[1][name])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_deep_chain_holds_a_constant_number_of_values(count: int) -> None:
+    first = captured(deep(), torch.randn(BATCH, WIDTH))
+    programs = [first, *(first.clone() for _ in range(count - 1))]
+    seen: list[str] = []
+    meetings = [
+        Meeting(
+            tuple((k, p.operators[i]) for k, p in enumerate(programs)),
+            lambda values, name=node.name: seen.append(name),
+        )
+        for i, node in enumerate(first.operators)
+    ]
+    inputs = (torch.randn(BATCH, WIDTH),)
+    with LiveBytes() as live:
+        lockstep(programs, inputs, meetings)
+    assert len(seen) == DEPTH
+    one = BATCH * WIDTH * 4
+    # Of each program the value just computed and the one it was computed from.
+    assert live.peak <= 2 * count * one
+    assert live.made >= count * DEPTH * one
+
+
+def test_values_that_meet_in_another_order_wait_and_go() -> None:
+    first = captured(deep(20), torch.randn(BATCH, WIDTH))
+    second = first.clone()
+    met: list[int] = []
+    crossed = list(zip(first.operators, reversed(second.operators), strict=True))
+    meetings = [
+        Meeting(((0, a), (1, b)), lambda v, i=i: met.append(i)) for i, (a, b) in enumerate(crossed)
+    ]
+    with LiveBytes() as live:
+        lockstep([first, second], (torch.randn(BATCH, WIDTH),), meetings)
+    assert sorted(met) == list(range(20))
+    assert live.peak <= (20 + 4) * BATCH * WIDTH * 4
+    assert live.now <= 2 * BATCH * WIDTH * 4  # what the caller was given, which is gone
+
+
+class Draws(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + torch.rand_like(x)) + torch.rand_like(x)
+
+
+def test_programs_that_draw_draw_the_same_and_nobody_notices() -> None:
+    program = capture(Draws().eval(), (torch.zeros(3, 4),))
+    other = program.clone()
+    meetings = [Meeting(((0, a), (1, b)), lambda v: None) for a, b in pairs(program, other)]
+    state = torch.get_rng_state()
+    one, two = lockstep([program, other], (torch.zeros(3, 4),), meetings, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one[0], two[0])
+    torch.manual_seed(3)
+    assert torch.equal(one[0], run(program, (torch.zeros(3, 4),))[0])
+    assert not torch.equal(one[0], lockstep([program], (torch.zeros(3, 4),), [], seed=4)[0][0])
+    torch.set_rng_state(state)
+
+
+def test_a_value_that_nobody_reads_can_still_meet() -> None:
+    class Splits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first, _ = x.split([1, 1], 1)
+            return first * 2
+
+    program = capture(Splits().eval(), (torch.randn(3, 2),))
+    met: list[Any] = []
+    meetings = [Meeting(((0, node),), met.extend) for node in program.operators]
+    meetings.append(Meeting(((0, program.placeholders[0]),), met.extend))
+    lockstep([program], (torch.ones(3, 2),), meetings)
+    assert len(met) == len(program.operators) + 1
+
+
+def test_the_wrong_number_of_inputs_and_a_failing_operator_are_named() -> None:
+    program = captured(deep(2), torch.randn(BATCH, WIDTH))
+    with pytest.raises(PassError, match="takes 1 inputs, got 2"):
+        lockstep([program], (torch.ones(1), torch.ones(1)), [])
+    with pytest.raises(PassError, match="operator failed"):
+        lockstep([program], (torch.ones(2, WIDTH + 1),), [])
