@@ -1,5 +1,6 @@
 """Types are derived again where something changed, and compared for all sizes."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,9 @@ from planish.ir.capture import capture
 from planish.ir.infer import infer
 from planish.ir.ops import is_op
 from planish.ir.program import Program
-from planish.ir.rederive import changed_operators, same_size, same_type
+from planish.ir.rederive import call_key, changed_operators, same_size, same_type
 from planish.ir.rewriter import Rewriter
+from planish.ir.tensortype import type_text
 from planish.ir.verify import faults, verify
 from tests.support.broken import net, new_call, node, retyped, traced
 
@@ -65,6 +67,100 @@ def test_changes_that_keep_the_name_are_seen(target: Any, args: str | None) -> N
     if args is not None:
         relu.args = (new_call(after, relu, aten.neg.default, relu.args[0]),)
     assert relu in changed_operators(after, before)
+
+
+Arguments = Callable[[Node], tuple[Any, ...]]
+
+# Two lists of arguments, and whether the second is a change. Each number is an object of its own.
+ARGUMENTS: list[tuple[Arguments, Arguments, bool]] = [
+    (lambda x: (x, float("1.5")), lambda x: (x, float("1.5")), False),
+    (lambda x: (x, float("1.5")), lambda x: (x, float("2.5")), True),
+    (lambda x: (x, 1), lambda x: (x, 1.0), True),
+    (lambda x: (x, 1), lambda x: (x, True), True),
+    (lambda x: (x, x), lambda x: (x, 1), True),
+    (lambda x: (x, 1), lambda x: (x, x), True),
+    (lambda x: (x,), lambda x: (x, 1), True),
+    (lambda x: (x, 1), lambda x: (x,), True),
+    (lambda x: (x, [x, 1]), lambda x: (x, [x, 1]), False),
+    (lambda x: (x, [x, 1]), lambda x: (x, [x, 2]), True),
+    (lambda x: (x, [x, 1]), lambda x: (x, [x]), True),
+    (lambda x: (x, [1]), lambda x: (x, 1), True),
+    (lambda x: (x, 1), lambda x: (x, [1]), True),
+    (lambda x: (x, {"a": 1}), lambda x: (x, {"a": 1}), False),
+    (lambda x: (x, {"a": 1}), lambda x: (x, {"a": 2}), True),
+    (lambda x: (x, {"a": 1}), lambda x: (x, {"b": 1}), True),
+    (lambda x: (x, {"a": 1}), lambda x: (x, {"a": 1, "b": 1}), True),
+    (lambda x: (x, {"a": 1}), lambda x: (x, 1), True),
+    (lambda x: (x, 1), lambda x: (x, {"a": 1}), True),
+]
+
+
+@pytest.mark.parametrize(("was", "became", "changed"), ARGUMENTS)
+def test_other_arguments_are_a_change_and_equal_ones_are_none(
+    was: Arguments, became: Arguments, changed: bool
+) -> None:
+    for keyword in (False, True):
+        programs = net(), net()
+        for program, arguments in zip(programs, (was, became), strict=True):
+            relu = node(program, aten.relu.default)
+            first, *rest = arguments(relu.args[0])  # type: ignore[arg-type]
+            relu.args = (first,) if keyword else (first, *rest)
+            relu.kwargs = dict(zip("ab", rest, strict=False)) if keyword else {}
+        before, after = programs
+        expected = [node(after, aten.relu.default)] if changed else []
+        assert changed_operators(after, before) == expected
+
+
+def test_an_equal_type_made_anew_is_no_change() -> None:
+    before, after = net(), net()
+    retyped(aten.relu.default, lambda v: v.new_empty(v.shape))(after)
+    relu = node(after, aten.relu.default)
+    assert relu.meta["val"] is not node(before, aten.relu.default).meta["val"]
+    assert changed_operators(after, before) == []
+
+
+class Siblings(nn.Module):
+    """Neighbors differ in one thing each, and in their types."""
+
+    def forward(self, x: Tensor, count: Tensor) -> list[Tensor]:
+        operator = [x.relu(), x.isnan()]
+        number = [x.sum(0), x.sum(1)]
+        shape = [x.neg(), x.t().neg()]
+        dtype = [x.abs(), x.double().abs()]
+        kind_of_number = [count * 1, count * 1.0]
+        sizes = [torch.arange(x.shape[0]), torch.arange(x.shape[1])]
+        keyword = [torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.float64)]
+        return operator + number + shape + dtype + kind_of_number + sizes + keyword
+
+
+def test_calls_that_differ_are_derived_each() -> None:
+    args = (torch.randn(3, 5), torch.arange(4))
+    shapes = ({0: Dim("a"), 1: Dim("b")}, None)
+    program = capture(Siblings().eval(), args, dynamic_shapes=shapes)
+    types = [type_text(n.meta["val"], program.signature.symbols) for n in program.results]
+    pairs = list(zip(types[::2], types[1::2], strict=True))
+    assert all(one != other for one, other in pairs), pairs
+    verify(program)
+
+
+def test_what_one_layout_in_memory_allows_another_may_not() -> None:
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.view(9), x.t().contiguous().view(9)
+
+    program = capture(Views().eval(), (torch.randn(3, 3),))
+    verify(program)
+    turned, copied = node(program, aten.t.default), node(program, aten.contiguous.default)
+    copied.replace_all_uses_with(turned)
+    program.graph.erase_node(copied)
+    assert [rule for rule, _ in faults(program)] == ["operator-types"]
+
+
+def test_arguments_without_a_hash_have_no_key() -> None:
+    key = call_key(aten.relu.default, (1, [2]), {"a": None})
+    assert key is not None
+    assert hash(key) == hash(call_key(aten.relu.default, (1, [2]), {"a": None}))
+    assert call_key(aten.relu.default, ({1, 2},), {}) is None
 
 
 def test_equal_calls_are_derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +231,16 @@ def test_types_are_compared_by_element_shape_and_kind() -> None:
     assert not same_type(x, x.double())
     assert same_type((x, 1), [x, 1])
     assert not same_type((x,), (x, x))
+    assert not same_type((x,), (x.double(),))
+    assert not same_type(x, (x, x))
+    assert not same_type((x, x), x)
+    assert not same_type(x, 1)
+    assert not same_type(1, x)
     assert not same_type(x, None)
+    assert not same_type(None, 1)
+    assert not same_type(1, None)
+    assert not same_type(1.5, None)
+    assert same_type(1.5, 2.5)  # the value of a number is not its type
     assert same_type(None, None)
     assert not same_type(1, True)
     assert not same_type(1, 1.0)

@@ -48,6 +48,14 @@ def test_a_write_into_a_sample_is_found() -> None:
     assert found == ["the input 'mask' of sample 0"]
 
 
+def test_a_sample_that_misses_an_input_is_left_to_its_own_rule() -> None:
+    program = net()
+    program.samples = ((torch.ones(2, 3, 4),),)
+    found = written(program, lambda: program.samples[0][0].zero_())
+    assert found == ["the input 'x' of sample 0"]
+    assert broken_rules(program, since=net(), snapshot=Snapshot(program)) == {"samples-match"}
+
+
 @pytest.mark.parametrize(
     "write",
     [
