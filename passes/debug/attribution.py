@@ -26,7 +26,7 @@ from planish.ir.lockstep import Meeting, Place, lockstep
 from planish.ir.program import Program
 from planish.passes.debug.lineage import Stands, origins, stands
 from planish.passes.debug.replay import Replay, feedable, replay
-from planish.passes.debug.rewritten import Rewritten, rewritten
+from planish.passes.debug.rewritten import Rewritten, fixed_nodes, rewritten
 from planish.passes.steps import NodeError
 
 _BEFORE, _AFTER, _ORIGINAL = 0, 1, 2
@@ -110,6 +110,7 @@ class Sweep:
         self.seed = seed
         self.rewritten = rewritten(before, after, found)
         old = {n.name: n for n in original.graph.nodes}
+        fixed = fixed_nodes(after)
         shared: dict[tuple[Node, Node], tuple[Accumulator, Accumulator | None]] = {}
         self._errors: list[_Errors] = []
         self._meetings: list[Meeting] = []
@@ -120,7 +121,7 @@ class Sweep:
                 shared[both] = self._compare(item, first)
             errors = _Errors(Accumulator(), *shared[both])
             self._errors.append(errors)
-            plan = replay(after, found, item.change, item.node, reader=item.reader)
+            plan = replay(after, found, fixed, item.change, item.node, reader=item.reader)
             self._meetings.append(_alone(item, plan, errors.own))
 
     def _compare(

@@ -7,7 +7,7 @@ sites' constants included. What remains is the error that this one site makes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,22 @@ class Replay:
         return env[self.root]
 
 
-def replay(after: Program, found: Stands, change: Change, root: Node, *, reader: bool) -> Replay:
+def replay(
+    after: Program,
+    found: Stands,
+    fixed: Container[Node],
+    change: Change,
+    root: Node,
+    *,
+    reader: bool,
+) -> Replay:
     """Plan one value.
 
     Args:
         after: the program after the pass.
         found: how it stands for the one before.
+        fixed: the nodes of ``after`` that are computed from constants only; they are computed
+            anew, since a constant of the site may be among theirs.
         change: the site that is to act alone.
         root: the value.
         reader: whether the root itself was left alone and reads a constant of the site.
@@ -87,7 +97,9 @@ def replay(after: Program, found: Stands, change: Change, root: Node, *, reader:
         if node in computed or node in feeds:
             continue
         forced = node is root and (reader or root in found.touched)
-        old = None if forced or _belongs(node, change, found) else found.partner(node)
+        kept = node.op == "call_function" and node in fixed and node in found.itself
+        alone = forced or kept or _belongs(node, change, found)
+        old = None if alone else found.partner(node)
         if old is not None and feedable(old, node):
             feeds[node] = old
         else:

@@ -40,7 +40,7 @@ class Rewritten:
 
 def rewritten(before: Program, after: Program, found: Stands) -> list[Rewritten]:
     """The values to measure, in the order of the program after."""
-    fixed_before, fixed = _constants(before), _constants(after)
+    fixed_before, fixed = fixed_nodes(before), fixed_nodes(after)
     items: dict[tuple[int, Node, Node], Rewritten] = {}
     for node in after.graph.nodes:
         for old, change in found.replaced.get(node, ()):
@@ -66,7 +66,7 @@ def rewritten(before: Program, after: Program, found: Stands) -> list[Rewritten]
     return sorted(items.values(), key=lambda item: place[item.node])
 
 
-def _constants(program: Program) -> set[Node]:
+def fixed_nodes(program: Program) -> set[Node]:
     """The nodes that no input has a part in."""
     fixed: set[Node] = set()
     for node in program.graph.nodes:
