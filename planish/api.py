@@ -67,8 +67,7 @@ def optimize(
         labeled: batches for ``loss``.
         verify: check invariants and compare outputs after each pass, at the end, or never.
         dump_dir: a folder for the program after every pass.
-        instruments: more watchers of the pipeline; they stand outside the ones of this call, so
-            that they see what a pass made of the program also where a check rejects it.
+        instruments: more watchers of the pipeline, outside of those that check it.
         seed: of everything random.
 
     Returns:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from planish.tools.console import print_json, stages, stdout
@@ -17,6 +19,10 @@ from planish.tools.options import (
 )
 from planish.tools.watching import Watching, remarks
 from planish.tools.watching import watching as watching_options
+
+if TYPE_CHECKING:
+    from planish.backends.base import Artifact
+    from planish.report import Report
 
 
 @click.command()
@@ -74,27 +80,32 @@ def export(
         )
         stage("exporting")
         artifact = result.export(out, opset=opset, verify=verify != "off")
-    comparison = artifact.comparison
     if as_json:
-        print_json(
-            {
-                "path": str(artifact.path),
-                "target": artifact.target,
-                "opset": artifact.opset,
-                "bytes": artifact.bytes,
-                "files": [str(f) for f in artifact.files],
-                "inputs": list(artifact.input_names),
-                "outputs": list(artifact.output_names),
-                "operators": dict(artifact.operators),
-                "max_abs": comparison.max_abs if comparison else None,
-                "probes": list(comparison.probes) if comparison else [],
-                "remarks": list(result.report.remarks),
-                "left_out": [p.name for p in result.report.passes if not p.ran],
-                **watching.to_dict(),
-            }
-        )
-        return
-    console = stdout()
+        print_json({**_facts(artifact, result.report), **watching.to_dict()})
+    else:
+        _print(artifact, result.report)
+
+
+def _facts(artifact: Artifact, report: Report) -> dict[str, Any]:
+    comparison = artifact.comparison
+    return {
+        "path": str(artifact.path),
+        "target": artifact.target,
+        "opset": artifact.opset,
+        "bytes": artifact.bytes,
+        "files": [str(f) for f in artifact.files],
+        "inputs": list(artifact.input_names),
+        "outputs": list(artifact.output_names),
+        "operators": dict(artifact.operators),
+        "max_abs": comparison.max_abs if comparison else None,
+        "probes": list(comparison.probes) if comparison else [],
+        "remarks": [*report.remarks, *(r for p in report.passes for r in p.remarks)],
+        "left_out": [p.name for p in report.passes if not p.ran],
+    }
+
+
+def _print(artifact: Artifact, report: Report) -> None:
+    console, comparison = stdout(), artifact.comparison
     console.print(
         f"wrote {artifact.path}: opset {artifact.opset}, {artifact.bytes / 1e6:.1f} MB, "
         f"{sum(artifact.operators.values())} operators",
@@ -108,5 +119,5 @@ def export(
             f"{comparison.max_abs:.2e}",
             highlight=False,
         )
-    for line in remarks(result.report):
+    for line in remarks(report):
         console.print(line, highlight=False, markup=False)

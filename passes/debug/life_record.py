@@ -210,8 +210,7 @@ class _Pass:
 
     def _unrecorded(self) -> None:
         """Tell what came, went or changed and no rewrite owned up to."""
-        names = set(self.new.names())
-        for name in [n for n in self.record.live if n not in names]:
+        for name in sorted(self.record.live.keys() - set(self.new.names())):
             self._removed(self.record.live[name], None)
         for name in self.new.names():
             if name not in self.record.live:
@@ -232,7 +231,7 @@ class _Pass:
 
 
 def _those(*lines: str | None) -> tuple[str, ...]:
-    return tuple(line for line in lines if line is not None)
+    return tuple(filter(None, lines))
 
 
 def _sources(state: State, name: str) -> tuple[str, ...]:

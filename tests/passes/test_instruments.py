@@ -21,6 +21,7 @@ from planish.passes.instruments import (
     Event,
     PrintAfter,
     Progress,
+    StartFrom,
     Timing,
     VerifyEach,
     default_instruments,
@@ -277,6 +278,8 @@ def test_timing_has_one_entry_per_step_also_of_one_that_failed(program: Program)
     assert [(t.index, t.name) for t in timing.times] == [(1, "everything"), (2, "swap-activation")]
     assert all(t.seconds > 0 and t.checking >= 0 for t in timing.times)
     assert timing.times[1].checking > timing.times[0].checking
+    count = len(program.operators)
+    assert [(t.nodes_before, t.nodes_after) for t in timing.times] == [(count, count)] * 2
     assert "swap-activation" in timing.table().splitlines()[1]
     assert timing.table().splitlines()[-1].startswith("total")
     with pytest.raises(VerificationError):
@@ -290,7 +293,7 @@ def test_timing_has_one_entry_per_step_also_of_one_that_failed(program: Program)
         (".*", False, [1, 2]),
         (".*", True, [2]),
         ("swap-.*", False, [2]),
-        ("swap", False, []),
+        ("fold-.*|swap-.*", True, [2]),
         ("everything|swap-activation", False, [1, 2]),
     ],
 )
@@ -320,6 +323,21 @@ def test_print_after_shows_what_was_rejected(
     assert "aten.gelu" in printed
     with pytest.raises(UsageError, match="no regular expression"):
         PrintAfter("(")
+
+
+def test_print_after_nothing_is_an_error_or_a_remark(program: Program) -> None:
+    passes = (Everything(), SwapActivation())
+    with pytest.raises(UsageError, match="'swap' matches no pass of the recipe") as caught:
+        run(program, *passes, instruments=[PrintAfter("swap")])
+    assert "the whole name counts: '.*swap.*'" in str(caught.value)
+    stream = io.StringIO()
+    printer = PrintAfter("everything", changed=True, stream=stream)
+    remarks = run(program, *passes, instruments=[printer]).records[0].remarks
+    assert remarks == ("nothing was printed after 'everything': no such pass changed the program",)
+    printer = PrintAfter("everything", stream=stream)
+    remarks = run(program, *passes, instruments=[printer, StartFrom(2)]).records[0].remarks
+    assert remarks == ("nothing was printed after 'everything': it was left out",)
+    assert not stream.getvalue()
 
 
 def test_progress_tells_of_every_step(program: Program) -> None:
