@@ -1,4 +1,4 @@
-"""Instruments that choose what runs: which passes and sites they leave out, and what they refuse."""
+"""Instruments that choose what runs: what they leave out, and what they refuse."""
 
 from typing import Any
 
