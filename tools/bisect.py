@@ -181,6 +181,7 @@ def bisect(
       planish bisect model.pt2 --recipe exact --slower-than 1.1 -o guilty
       planish bisect planish-repro-1f0c2a
     """
+    from planish.ir.symbols import Symbols
     from planish.passes.debug.bisect import bisect as find
     from planish.tools.bisect_subject import Wish
 
@@ -193,6 +194,7 @@ def bisect(
         tell = _teller(as_json=as_json)
         stage = stack.enter_context(stages(quiet=quiet))
         subject = wish.load(stack, stage, on_batches=question.on_batches)
+        symbols = Symbols(subject.program)
         found = find(
             subject.program,
             subject.recipe,
@@ -203,7 +205,8 @@ def bisect(
             exhaustive=exhaustive,
             disabled=disable_pass,
         )
-    _report(found, wish, subject, _write(found, output), as_json=as_json)
+    with symbols.restored():  # a guilty pass may have fixed a size for all versions of the program
+        _report(found, wish, subject, _write(found, output), as_json=as_json)
     return 0 if found.found else 1
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from planish.ir.errors import PlanishError
 from planish.ir.program import Program
+from planish.ir.symbols import Symbols
 from planish.passes.base import PassContext
 from planish.passes.debug.bisect_ledger import Ledger
 from planish.passes.debug.bisect_predicate import Predicate, Verdict
@@ -43,6 +44,11 @@ class Task:
     watching: bool
     disabled: tuple[str | int, ...] = ()
 
+    def __post_init__(self) -> None:
+        # A pass that fixes a dynamic size fixes it for all versions of the program. Every run has
+        # to begin with what was known before any of them.
+        self._symbols = Symbols(self.program)
+
     def watchers(self) -> tuple[Instrument, ...]:
         """Instruments of the next run."""
         return self.predicate.watchers() if self.watching else ()
@@ -67,11 +73,13 @@ class Task:
         """Run a recipe from the original program on."""
         left_out = (DisablePass(self.disabled),) if self.disabled else ()
         instruments = (*left_out, *self.watchers())
-        return attempt(self.program, recipe, self.context(), instruments, excluded=excluded)
+        with self._symbols.restored():
+            return attempt(self.program, recipe, self.context(), instruments, excluded=excluded)
 
     def rerun(self, state: State, limit: int) -> Attempt:
         """Run the step of a state again, with the rewrite sites up to a limit."""
-        return rerun(state, self.recipe, self.context(), self.watchers(), limit)
+        with self._symbols.restored():
+            return rerun(state, self.recipe, self.context(), self.watchers(), limit)
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from planish.ir.ops import is_op
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Pass, PassContext, PassResult
+from planish.passes.debug.bisect import Bisection
 
 aten = torch.ops.aten
 
@@ -119,3 +120,11 @@ def _doubled(program: Program, node: Node) -> Node:
     assert isinstance(operand, Node)
     with program.graph.inserting_before(node):
         return program.graph.call_function(aten.mul.Tensor, (operand, 2.0))
+
+
+def sound(found: Bisection) -> None:
+    """What holds of every bisection: the budget, and that each look is told of."""
+    for level in ("pass", "site", "confirm"):
+        looks = [e for e in found.evaluations if e.level == level]
+        assert [e.number for e in looks] == list(range(1, len(looks) + 1))
+        assert all(e.number <= e.budget for e in looks)

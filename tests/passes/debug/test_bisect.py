@@ -7,30 +7,25 @@ import math
 import pytest
 import torch
 
+from planish.ir.capture import capture
 from planish.ir.changes import SiteCounter
-from planish.ir.errors import RequirementError, UsageError
+from planish.ir.errors import UsageError
 from planish.ir.program import Program
 from planish.passes.base import Contract, Pass, PassContext, PassResult
-from planish.passes.debug.bisect import Bisection, Evaluation, bisect
-from planish.passes.debug.predicates import Crashes, KeepsContract, MaxAbs, MinSqnr, NonFinite
+from planish.passes.debug.bisect import Evaluation, bisect
+from planish.passes.debug.predicates import MaxAbs, MinSqnr, NonFinite
 from planish.passes.instruments import Instrument
 from planish.passes.pipeline import OUTSIDE, run_pipeline
 from planish.passes.recipe import Recipe
 from planish.passes.selecting import ExcludeSites, SiteLimit
-from tests.passes.debug.damaging import Damage, How, chain
-from tests.support.example_passes import NeedsCalibration, RoundWeights, calling
+from tests.passes.debug.damaging import Damage, How, chain, sound
+from tests.support.example_passes import RoundWeights, calling
+
+aten = torch.ops.aten
 
 
 def allowed(candidates: int) -> int:
     return math.ceil(math.log2(candidates)) + 1
-
-
-def sound(found: Bisection) -> None:
-    """What holds of every bisection: the budget, and that each look is told of."""
-    for level in ("pass", "site", "confirm"):
-        looks = [e for e in found.evaluations if e.level == level]
-        assert [e.number for e in looks] == list(range(1, len(looks) + 1))
-        assert all(e.number <= e.budget for e in looks)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 13, 40])
@@ -127,112 +122,6 @@ def test_nothing_changed() -> None:
     assert found.remarks == ("no pass of the recipe changed the program",)
 
 
-# -- errors ---------------------------------------------------------------------------------------
-
-WATCHING = {"crash": Crashes, "contract": KeepsContract}
-
-
-@pytest.mark.parametrize("predicate", WATCHING)
-@pytest.mark.parametrize("guilty", [0, 3, 5])
-def test_a_crash_in_the_middle_of_the_sites(predicate: str, guilty: int) -> None:
-    recipe = Recipe((Damage(), Damage(at=(guilty,), how="crash"), Damage()))
-    found = bisect(chain(6), recipe, WATCHING[predicate]())
-    assert (found.step, found.site, found.rule) == (2, 7 + guilty, "rectify")
-    assert found.node is not None
-    assert found.after is None
-    assert found.before is not None
-    assert "KeyError: 'planted'" in found.symptom
-    assert found.count("pass") == 1
-    assert found.count("site") <= allowed(1 + guilty)
-    assert found.evaluations[-1].level == "confirm"
-    assert not found.evaluations[-1].bad
-
-
-@pytest.mark.parametrize("predicate", WATCHING)
-def test_a_crash_before_any_site_is_the_whole_pass(predicate: str) -> None:
-    recipe = Recipe((RoundWeights(step=0.25), Damage(at=(0,), how="match")))
-    found = bisect(chain(3), recipe, WATCHING[predicate]())
-    assert (found.step, found.site) == (2, None)
-    assert found.options == ("--disable-pass damage",)
-    assert "KeyError: 'relu'" in found.symptom
-    assert any("to blame as a whole" in remark for remark in found.remarks)
-
-
-def test_a_crash_between_sites_that_no_site_caused() -> None:
-    found = bisect(chain(4), Recipe((Damage(at=(2,), how="match"),)), Crashes())
-    assert (found.step, found.site) == (1, None)
-    assert any("outside of its rewrite sites" in remark for remark in found.remarks)
-    assert not found.evaluations[-1].bad
-    sound(found)
-
-
-def test_an_error_names_its_rule_and_node() -> None:
-    from planish.ir.pattern import Match, Rule
-    from planish.ir.rewriter import Rewriter
-
-    class Clumsy(Rule):
-        name = "clumsy"
-        roots = frozenset({torch.ops.aten.relu.default})
-
-        def match(self, node: torch.fx.Node, program: Program) -> Match | None:
-            if node.name == "relu_1":
-                raise IndexError("none there")
-            return None
-
-        def rewrite(self, match: Match, rewriter: Rewriter) -> None:
-            raise AssertionError
-
-    def behave(program: Program, context: PassContext) -> PassResult:
-        return calling(lambda p, c: PassResult(p)).apply_rules(program, context, [Clumsy()])
-
-    found = bisect(chain(3), Recipe((calling(behave),)), Crashes())
-    assert (found.rule, found.node, found.site) == ("clumsy", "relu_1", None)
-    assert found.source is not None
-    assert "torch.relu" in found.source
-
-
-def test_an_invalid_program_is_found_by_the_verifier() -> None:
-    recipe = Recipe((Damage(), Damage(at=(4,), how="type")))
-    found = bisect(chain(6), recipe, KeepsContract())
-    assert (found.step, found.site) == (2, 11)
-    assert found.after is not None
-    assert not found.evaluations[-1].bad
-    sound(found)
-
-
-def test_the_contract_is_kept_by_each_but_not_by_all_together() -> None:
-    recipe = Recipe(tuple(Damage(at=(i,), how="drift", only=True) for i in range(6)))
-    found = bisect(chain(6), recipe, KeepsContract())
-    assert found.step is not None
-    assert found.step > 1  # 6e-5 alone is allowed, twice is too much
-    assert found.site == found.step
-    assert found.count("pass") <= allowed(6)
-
-
-def test_a_numeric_question_takes_a_failure_for_bad() -> None:
-    recipe = Recipe((Damage(), Damage(at=(2,), how="crash")))
-    found = bisect(chain(4), recipe, MinSqnr(40))
-    assert (found.step, found.site) == (2, 7)
-    failed = [e for e in found.evaluations if e.level == "pass" and e.bad]
-    assert "KeyError: 'planted'" in failed[0].text
-    assert not found.evaluations[-1].bad
-
-
-@pytest.mark.parametrize("predicate", [MaxAbs(1e-3), KeepsContract(), Crashes()])
-def test_a_pass_that_writes_into_the_weights_is_found_by_its_error(predicate: MaxAbs) -> None:
-    recipe = Recipe((Damage(), Damage(at=(2,), how="write"), Damage()))
-    found = bisect(chain(5), recipe, predicate)
-    assert (found.step, found.site) == (2, 8)
-    assert "wrote into" in found.symptom
-    if isinstance(predicate, MaxAbs):
-        assert "outputs tell nothing any more" in found.remarks[0]
-
-
-def test_a_missing_fact_is_the_callers_affair() -> None:
-    with pytest.raises(RequirementError, match="calibrated"):
-        bisect(chain(2), Recipe((NeedsCalibration(),)), Crashes())
-
-
 # -- what is no site ------------------------------------------------------------------------------
 
 
@@ -320,8 +209,6 @@ def test_a_second_fault_is_told() -> None:
 
 def test_a_lossy_pass() -> None:
     torch.manual_seed(0)
-    from planish.ir.capture import capture
-
     layers = [torch.nn.Linear(8, 8) for _ in range(6)]
     for number, layer in enumerate(layers):
         layer.weight.data = (layer.weight.data * 64).round() / 64
