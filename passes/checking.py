@@ -118,6 +118,8 @@ class CompareEach(Instrument):
 
     Attributes:
         reference: the second probe of the latest run; None where it has not come to that.
+        answers: flat outputs of the original program and of the result, over all samples one after
+            the other; None where nothing was compared.
     """
 
     def __init__(self, *, at_end: bool = False, seed: int = 0, batches: int = 8):
@@ -125,6 +127,7 @@ class CompareEach(Instrument):
         self.seed = seed
         self.batches = batches
         self.reference: Reference | None = None
+        self.answers: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
 
     def before_pipeline(self, run: Run) -> None:
         """Forget the run before."""
@@ -132,7 +135,7 @@ class CompareEach(Instrument):
         self._bounds: tuple[float, ...] = ()
         self._rejected: tuple[str, ...] = ()
         self._lineage = _Lineage(run)
-        self.reference = None
+        self.reference = self.answers = None
         self._symbols = Symbols(run.original)
 
     def after_pass(self, step: Step, result: PassResult) -> None:
@@ -230,9 +233,18 @@ class CompareEach(Instrument):
         """
         if run.failure is not None or run.program is run.original:
             return
-        if not self.at_end:
+        if self.at_end:
+            self._compare_ends(run)
+        else:
             self._drift(run)
-            return
+        samples = [p for p in self._probes or () if p.measured]
+        self.answers = (
+            tuple(value for probe in samples for value in probe.original),
+            tuple(value for probe in samples for value in probe.current),
+        )
+        self._probes = None  # nobody needs their inputs any more
+
+    def _compare_ends(self, run: Run) -> None:
         lossy = [r.name for r in run.records if r.changed and r.contract is Contract.LOSSY]
         found: list[Fidelity] = []
         for probe in self._probes_of(run):
@@ -247,6 +259,7 @@ class CompareEach(Instrument):
                 )
             if probe.measured:
                 found.append(measure(probe.original, answer))
+            probe.current = answer
         last = [r for r in run.records if r.changed][-1]
         last.cumulative = worst(found)
 

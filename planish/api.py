@@ -19,7 +19,7 @@ from planish import __version__
 from planish.examples import Examples, advertised, name_dimensions, narrowed, normalize
 from planish.graphdata import Graphs
 from planish.ir.capture import capture
-from planish.ir.compare import Fidelity, measure
+from planish.ir.compare import measure
 from planish.ir.cost import cost
 from planish.ir.errors import CaptureError, UsageError
 from planish.ir.execute import run
@@ -122,8 +122,10 @@ def optimize(
             held.close()
     passes = sum(record.seconds for record in finished.records)
     seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
+    answers = compare.answers if compare is not None else None
+    answers = answers or _answers(program, finished.program)
     report = replace(
-        _report(program, finished, resolved, target, seed, seconds, remarks),
+        _report(program, finished, resolved, target, seed, seconds, remarks, answers),
         model=type(model).__name__,
         recipe_yaml=resolved.to_yaml(),
         graphs=Graphs(program, finished.program),
@@ -267,9 +269,11 @@ def _report(
     seed: int,
     seconds: dict[str, float],
     remarks: list[str],
+    answers: tuple[tuple[Any, ...], tuple[Any, ...]],
 ) -> Report:
-    fidelity, compared = _fidelity(before, finished.program)
-    if not compared:
+    reference, outputs = answers
+    fidelity = measure(reference, outputs) if reference else None
+    if before.samples and not any(_comparable(value) for value in reference):
         remarks.append(
             "nothing was compared on the example inputs: the model gives no finite number there"
         )
@@ -304,21 +308,20 @@ def _report(
     )
 
 
-def _fidelity(before: Program, after: Program) -> tuple[Fidelity | None, bool]:
-    """Outputs of the final program against the captured one's, over all samples.
-
-    Returns:
-        The fidelity, and whether there was any number to compare.
-    """
+def _answers(before: Program, after: Program) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Flat outputs of the captured and of the final program, over all samples."""
     reference: list[Any] = []
     outputs: list[Any] = []
     for sample in before.samples:
-        reference.extend(run(before, sample))
-        outputs.extend(run(after, sample))
-    if not reference:
-        return None, not before.samples
-    compared = any(not isinstance(v, Tensor) or bool(v.isfinite().any()) for v in reference)
-    return measure(tuple(reference), tuple(outputs)), compared
+        answer = run(before, sample)
+        reference.extend(answer)
+        outputs.extend(answer if after is before else run(after, sample))
+    return tuple(reference), tuple(outputs)
+
+
+def _comparable(value: object) -> bool:
+    """Whether an output has any number that another one can be held against."""
+    return not isinstance(value, Tensor) or bool(value.isfinite().any())
 
 
 def versions() -> dict[str, str]:
