@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -22,8 +22,9 @@ from planish.ir.symbols import Symbols
 from planish.ir.text import diff
 from planish.ir.verify import verify
 from planish.passes.base import Contract, PassResult
+from planish.passes.debug.ancestry import Ancestry
 from planish.passes.debug.attribution import Sweep, with_errors
-from planish.passes.debug.lineage import Notes, Stands, follow, origins, stands
+from planish.passes.debug.lineage import stands
 from planish.passes.steps import Instrument, Run, Step
 
 _SHOWN = 24  # lines of a diff in a message
@@ -68,40 +69,6 @@ class _Probe:
     measured: bool  # real data, on which an error means something
 
 
-class _Lineage:
-    """Which value of the original each value of the current program stands for.
-
-    Args:
-        run: where every value stands for itself yet.
-    """
-
-    def __init__(self, run: Run):
-        self.names: Mapping[str, str] = origins(run.original)
-        self.notes: Notes | None = None  # of the current program, on the first sample
-        lossy = [s.index for s in run.steps if s.pass_.contract is Contract.LOSSY]
-        self._last = max(lossy, default=0)
-        self._samples = bool(run.original.samples)
-
-    def wanted(self, index: int) -> bool:
-        """Whether a lossy pass follows on a step, which will ask."""
-        return index < self._last
-
-    def new_notes(self, index: int) -> Notes | None:
-        """To note values in after a step; None where nobody will ask, or there is no sample."""
-        return Notes() if self._samples and self.wanted(index) else None
-
-    def follow(self, step: Step, after: Program, found: Stands, notes: Notes | None) -> None:
-        """Carry it over a pass, whose values on the first sample were noted."""
-        if not self.wanted(step.index):
-            return
-        old, self.notes = self.notes, notes
-        if step.pass_.contract is Contract.LOSSY or old is None or notes is None:
-            self.names = follow(self.names, found, after)
-        else:
-            known, fresh = old, notes
-            self.names = follow(self.names, found, after, lambda b, a: fresh.agree(b, known, a))
-
-
 class CompareEach(Instrument):
     """Run each changed program and compare: exact passes must agree, lossy ones are measured.
 
@@ -134,7 +101,7 @@ class CompareEach(Instrument):
         self._probes: list[_Probe] | None = None
         self._bounds: tuple[float, ...] = ()
         self._rejected: tuple[str, ...] = ()
-        self._lineage = _Lineage(run)
+        self._lineage = Ancestry(run)
         self.reference = self.answers = None
         self._symbols = Symbols(run.original)
 

@@ -24,7 +24,8 @@ from planish.ir.errors import PlanishError, UsageError, VerificationError, sourc
 from planish.ir.execute import Observer
 from planish.ir.lockstep import Meeting, Place, lockstep
 from planish.ir.program import Program
-from planish.passes.debug.lineage import Stands, origins, stands
+from planish.passes.debug.ancestry import origins
+from planish.passes.debug.lineage import Stands, stands
 from planish.passes.debug.replay import Replay, feedable, replay
 from planish.passes.debug.rewritten import Rewritten, fixed_nodes, rewritten
 from planish.passes.steps import NodeError
