@@ -1,7 +1,7 @@
 // One panel: lays out what is visible with dagre and draws it as SVG that can be moved and scaled.
 
 const TITLE = 18; // height of a frame's title, above what dagre lays out
-const NEAREST = 0.45; // a whole graph is not shown smaller than this; then its top is shown
+const NEAREST = 0.6; // a whole graph is not shown smaller than this; then its top is shown
 
 function textWidth(text, perLetter) {
   return Math.min(text.length, 34) * perLetter;

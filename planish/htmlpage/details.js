@@ -72,6 +72,7 @@ function errorBox(errors) {
         {},
         h("dt", {}, "by"),
         h("dd", {}, h("b", {}, one.value.rule), " of ", passButton(one.pass)),
+        one.value.constant && [h("dt", {}, "constant"), h("dd", {}, h("code", {}, one.value.constant))],
         [
           ["own", "this rewrite alone"],
           ["local", "against before the pass"],

@@ -42,7 +42,8 @@ const format = {
   seconds: (value) =>
     value >= 1 ? `${value.toFixed(2)} s` : value >= 1e-4 ? `${(1e3 * value).toFixed(1)} ms` : "0 ms",
   db: (value) => `${value.toFixed(1)} dB`,
-  small: (value) => (value === 0 ? "0" : value.toExponential(2)),
+  small: (value) =>
+    value === 0 ? "0" : Math.abs(value) >= 0.01 && Math.abs(value) < 1e4 ? value.toPrecision(3) : value.toExponential(2),
   cosine: (value) => value.toFixed(6),
   percent: (ratio) => {
     const change = 100 * (ratio - 1);

@@ -61,7 +61,7 @@ function drawGraph() {
 }
 
 function haystackOf(node, graph) {
-  const parts = [node.name, node.id, node.operator, node.source, node.type, node.call];
+  const parts = [node.name, node.id, node.operator, node.source, node.type];
   for (const path of node.modules) parts.push(path, graph.modules[path]);
   return parts.filter(Boolean).join("\n").toLowerCase();
 }
@@ -333,8 +333,7 @@ function selectNode(node, side) {
 }
 
 function drawDetails() {
-  const pane = $("details") || document.querySelector("#details");
-  if (!pane) return;
+  const pane = $("details");
   const { selected } = graphState;
   if (!selected) {
     clear(pane, h("p", { class: "none" }, "Choose a node to see its type, arguments, source line, the change that made or removed it, and what declined there."));
@@ -347,8 +346,8 @@ function drawDetails() {
 
 // Where a name is to be shown: the wanted side, or the first that has it.
 function sideOf(name, side) {
-  if (side) return sides[side] && sides[side].byName.has(name) ? side : null;
-  return SIDES.find((one) => sides[one].byName.has(name)) || null;
+  const has = (one) => Boolean(sides[one]) && sides[one].byName.has(name);
+  return (side ? [side] : SIDES).find(has) || null;
 }
 
 function showNode(name, side, { scroll = true } = {}) {

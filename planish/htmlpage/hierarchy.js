@@ -3,7 +3,7 @@
 const MOST_CHILDREN = 80; // a module with more is cut into ranges
 const RANGE = 50;
 const MOST_BOXES = 400; // drawn at once, per panel
-const FIRST_BOXES = 48; // drawn when the page opens
+const FIRST_BOXES = 40; // drawn when the page opens
 
 // Groups are {key, path, title, kind, parent, children, size, counts}; children hold groups and nodes.
 function buildTree(graph, withConstants) {
@@ -36,18 +36,26 @@ function titleOf(path, parent) {
   return parent.path && path.startsWith(`${parent.path}.`) ? path.slice(parent.path.length + 1) : path;
 }
 
-// Modules of one node stand as that node; long lists are cut; counts are added up.
+// Modules of one node stand as that node, long lists are cut, and counts are added up.
 function tidy(group_) {
   group_.children = group_.children.map((child) => {
     if (!child.isGroup) return child;
     tidy(child);
-    return child.size === 1 ? leavesOf(child)[0] : child;
+    if (child.size === 1) return leavesOf(child)[0];
+    return child.children.length === 1 ? merged(child, child.children[0]) : child;
   });
+  for (const child of group_.children) if (child.isGroup) child.parent = group_;
   while (group_.children.length > MOST_CHILDREN) cut(group_);
   const leaves = leavesOf(group_);
   group_.size = leaves.length;
   group_.counts = { added: 0, removed: 0, edited: 0, kept: 0 };
   for (const node of leaves) group_.counts[node.status] += 1;
+}
+
+// A module that holds nothing but another one is drawn as one.
+function merged(outer, inner) {
+  inner.title = `${outer.title}.${inner.title}`;
+  return inner;
 }
 
 function cut(group_) {

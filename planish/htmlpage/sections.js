@@ -69,9 +69,9 @@ function drawAccuracy() {
     ruleColumn,
     {
       title: "node",
-      cell: (row) => nodeButton(row.value.node, "after"),
+      cell: (row) => [nodeButton(row.value.node, "after"), row.value.constant && h("div", { class: "dim" }, h("code", {}, row.value.constant))],
       sort: (row) => row.value.node,
-      text: (row) => `${row.value.node} ${row.value.replaces}`,
+      text: (row) => `${row.value.node} ${row.value.replaces} ${row.value.constant || ""}`,
     },
     error("own", "own", "Error of this rewrite alone"),
     error("local", "local", "The value against the program before the pass"),

@@ -79,7 +79,6 @@ function fidelityCard() {
 }
 
 function workCard() {
-  const busy = PASSES.filter((entry) => entry.changes.length).length;
   return h(
     "div",
     { class: "card" },
@@ -92,8 +91,6 @@ function workCard() {
       h("dd", {}, number(["totals", "refusals"])),
       h("dt", {}, "passes"),
       h("dd", {}, count(["passes"])),
-      h("dt", {}, "that rewrote something"),
-      h("dd", { class: "number" }, format.whole(busy)),
     ),
   );
 }

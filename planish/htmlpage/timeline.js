@@ -1,6 +1,7 @@
 // The passes in order. Choosing one filters the rest of the page to it.
 
-const idle = (entry) => !entry.changes.length && !entry.refusals.length && !entry.remarks.length;
+const idle = (entry) =>
+  entry.ran !== false && !entry.changes.length && !entry.refusals.length && !entry.remarks.length;
 
 // Before the pass: what the pass before it left.
 const bytesBefore = (index) => (index ? PASSES[index - 1].bytes : DATA.totals.before.bytes);
@@ -26,7 +27,7 @@ function drawTimeline() {
   });
   const slowest = Math.max(...PASSES.map((entry) => entry.seconds), 1e-9);
   const heads = [
-    ["", "step"],
+    ["", "right"],
     ["pass"],
     ["changes", "right"],
     ["declined", "right"],
@@ -109,11 +110,11 @@ function timelineRows(index, slowest) {
       class: [selected && "selected", idle(entry) && "idle"].filter(Boolean).join(" ") || null,
       onclick: () => getSelection().isCollapsed && choosePass(index),
     },
-    h("td", { class: "step" }, index + 1),
-    h("td", {}, name, " ", badge(entry.contract)),
+    h("td", { class: "right dim" }, index + 1),
+    h("td", {}, name, " ", badge(entry.contract), entry.ran === false && [" ", badge("left out")]),
     h("td", { class: "right" }, count([...path, "changes"])),
     h("td", { class: "right" }, count([...path, "refusals"])),
-    h("td", { class: "time" }, bar, number([...path, "seconds"], "seconds")),
+    h("td", {}, h("div", { class: "time" }, bar, number([...path, "seconds"], "seconds"))),
     h("td", { class: "right" }, sqnr(localPath(index))),
     h("td", { class: "right" }, sqnr([...path, "cumulative"])),
     h("td", { class: "right" }, trend(bytesBefore(index), entry.bytes), number([...path, "bytes"], "bytes")),
@@ -122,8 +123,8 @@ function timelineRows(index, slowest) {
   return selected ? [row, passDetails(entry)] : [row];
 }
 
-const badge = (contract) =>
-  h("span", { class: `badge ${contract === "lossy" ? "lossy" : "exact"}` }, contract);
+const badge = (text) =>
+  h("span", { class: `badge ${text === "lossy" ? "lossy" : "plain"}` }, text);
 
 function trend(before, after) {
   if (before === after) return null;
