@@ -13,7 +13,9 @@ from planish.tools.watching import Watching, remarks
 from planish.tools.watching import watching as watching_options
 
 if TYPE_CHECKING:
+    from planish.ir.errors import PlanishError
     from planish.ir.program import Program
+    from planish.passes.debug.life import Life
     from planish.passes.debug.story import Story
 
 
@@ -56,7 +58,7 @@ def show(
       planish show ./minilm --recipe exact --explain %5
       planish show ./minilm --recipe exact --explain layer_norm_3 --json
     """
-    from planish.ir.errors import UsageError
+    from planish.ir.errors import PlanishError, UsageError
     from planish.ir.text import text
     from planish.passes.debug.life import Life
     from planish.passes.recipe import resolve
@@ -70,16 +72,21 @@ def show(
     with watching.shown(as_json=as_json), progress as stage:
         stage("loading")
         loaded = load_model(model)
-        result = optimize_loaded(
-            loaded,
-            stage,
-            recipe=recipe,
-            target="onnx",
-            verify=verify,
-            seed=seed,
-            watching=watching,
-            instruments=() if life is None else (life,),
-        )
+        try:
+            result = optimize_loaded(
+                loaded,
+                stage,
+                recipe=recipe,
+                target="onnx",
+                verify=verify,
+                seed=seed,
+                watching=watching,
+                instruments=() if life is None else (life,),
+            )
+        except PlanishError as error:
+            if life is not None and explain is not None and life.began:
+                _explain_failure(life, explain, error, as_json=as_json)
+            raise
     found: dict[str, Any]
     if life is not None and explain is not None:
         story = life.explain(explain)
@@ -122,6 +129,21 @@ def _print_cost(program: Program) -> None:
     for name, count in sorted(macs_by_operator(program).items(), key=lambda item: -item[1]):
         share = count / max(1, total.macs)
         console.print(f"  {name:48} {count:>16,} {share:6.1%}", highlight=False)
+
+
+def _explain_failure(life: Life, node: str, failure: PlanishError, *, as_json: bool) -> None:
+    """A run that fails is where a node's life matters most: tell it as far as it went."""
+    from planish.ir.errors import UsageError
+
+    try:
+        story = life.explain(node)
+    except UsageError as error:  # the failure itself is what must show
+        failure.add_note(str(error))
+        return
+    if as_json:
+        print_json(story.to_dict())
+    else:
+        _print_story(story)
 
 
 def _print_story(story: Story) -> None:

@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Callable, Iterable
 
 from planish.ir.errors import UsageError
+from planish.ir.program import Program
 from planish.passes.base import PassResult
 from planish.passes.debug.life_record import Record
 from planish.passes.debug.story import Event, Member, Story
@@ -27,10 +28,17 @@ def explain(life: Life, name: str) -> Story:
 
 
 class Life(Instrument):
-    """Keeps what ``explain`` tells; it knows the steps up to the last one that succeeded."""
+    """Keeps what ``explain`` tells, also of a pass whose result was rejected.
+
+    Attributes:
+        began: whether there is anything to tell.
+    """
+
+    began = False
 
     def before_pipeline(self, run: Run) -> None:
         """Take in what was captured."""
+        self.began, self._end = True, "the result"
         self._record = Record(run.original)
         self._steps = len(run.steps)
         # After which step: what was printed under which number, and who lived under which name.
@@ -39,11 +47,22 @@ class Life(Instrument):
 
     def after_pass(self, step: Step, result: PassResult) -> None:
         """Take in what a pass did and what it declined."""
+        self._take(step, result.program)
+
+    def after_failure(self, step: Step, error: BaseException) -> None:
+        """Take in what was rejected, if the pass returned anything."""
+        if step.after is not None:
+            self._take(step, step.after)
+            self._end = f"after step {step.index}, {step.name}, which failed"
+        else:
+            self._end = f"before step {step.index}, {step.name}, which failed"
+
+    def _take(self, step: Step, program: Program) -> None:
         self._record.enter(step.index, step.name)
         if step.record.changed:
-            self._record.changed(result.program, result.changes)
+            self._record.changed(program, step.record.changes)
             self._keep(step.index)
-        self._record.declined(result.refusals)
+        self._record.declined(step.record.refusals)
 
     def _keep(self, step: int) -> None:
         self._after[step] = (self._record.state.printed, dict(self._record.live))
@@ -75,6 +94,7 @@ class Life(Instrument):
             same_value=same,
             readers=tuple(dict.fromkeys(r for m in now for r in state.readers(m.name))),
             others=self._others(name, member),
+            end=self._end,
         )
 
     def _constants_beside(self, events: list[Event], told: set[Member]) -> list[Event]:

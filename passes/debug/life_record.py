@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch.fx import Node
-
 from planish.ir.errors import source_line
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Change
-from planish.passes.debug.life_state import State
+from planish.passes.debug.life_state import State, module_of
 from planish.passes.debug.story import Event, Kind, Member
 
 
@@ -36,7 +34,7 @@ class Record:
                 self._born(name),
                 "captured",
                 source=source_line(node) if node is not None else None,
-                text=_module(node) if node is not None else "",
+                text=module_of(node) if node is not None else "",
                 after=self.state.line(name),
                 type=self.state.type(name),
             )
@@ -98,6 +96,7 @@ class _Pass:
         for node, constant in old.readers_of.items():
             self.here[node] = record.live[constant]
         self.told: set[Member] = set()  # whose making, edit or end has been told
+        self.edited: dict[str, Change | None] = {}  # constants of other values
 
     def tell(self, changes: Sequence[Change]) -> None:
         constants = (self.old.constants, self.new.constants)
@@ -115,6 +114,7 @@ class _Pass:
                     self._removed(self.here.get(name), change)
         self._unrecorded()
         self._rewired(changes)
+        self._revalued()
 
     def _made(self, name: str, change: Change) -> Member:
         record = self.record
@@ -128,7 +128,7 @@ class _Pass:
         else:
             member = record.passing(name)
             member.died = record.step
-        sources = _sources(self.new, name) or (change.node,)
+        sources = self.new.sources(name) or (change.node,)
         found = [self.here[s] for s in sources if s in self.here]
         member.sources += [s for s in found if s is not member and s not in member.sources]
         self.here[name] = member
@@ -168,6 +168,7 @@ class _Pass:
         if member.name in self.old.constants:
             if self.old.constants[member.name] is not self.new.constants.get(member.name):
                 self.told.add(member)
+                self.edited[member.name] = change
                 self._change(member, "edited", change)
             return
         self.told.add(member)
@@ -229,22 +230,21 @@ class _Pass:
             kind: Kind = "retyped" if read == set(self.new.operands(name)) else "rewired"
             self._change(member, kind, causes[-1] if causes else None)
 
+    def _revalued(self) -> None:
+        """Tell the readers of constants that have other values now."""
+        for name in self.new.lines_by_name if self.edited else ():
+            member = self.record.live[name]
+            read = (self.new.readers_of.get(operand, "") for operand in self.new.operands(name))
+            for constant in dict.fromkeys(read):
+                if constant not in self.edited or member in self.told:
+                    continue
+                lines = {
+                    "before": _those(self.old.line(constant)),
+                    "after": self.new.line(constant),
+                }
+                change = self.edited[constant]
+                self.record.tell(member, "revalued", change, sources=(constant,), **lines)
+
 
 def _those(*lines: str | None) -> tuple[str, ...]:
     return tuple(filter(None, lines))
-
-
-def _sources(state: State, name: str) -> tuple[str, ...]:
-    """Names of the nodes that a new node was made from, as the rewriter stamped it."""
-    node = state.any_node(name)
-    return node.meta["from"][2] if node is not None and "from" in node.meta else ()
-
-
-def _module(node: Node) -> str:
-    """``module encoder.layer.0 (BertLayer)``, where a node was captured."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path, kind = list(stack.values())[-1]
-    name = kind if isinstance(kind, str) else kind.__name__
-    return f"module {path or '(the model)'} ({name.rpartition('.')[2]})"

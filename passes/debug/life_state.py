@@ -80,11 +80,22 @@ class State:
         users = dict.fromkeys(user.name for node in read for user in node.users)
         return tuple("return" if user == program.output.name else user for user in users)
 
-    def any_node(self, name: str) -> Node | None:
-        """The node of a name, also one that reads a constant."""
-        return self.nodes.get(name) or self._reading.get(name)
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Names of the nodes that a new node was made from, as the rewriter stamped it."""
+        node = self.nodes.get(name) or self._reading.get(name)
+        return node.meta["from"][2] if node is not None and "from" in node.meta else ()
 
     def operands(self, name: str) -> tuple[str, ...]:
         """Names of the nodes that a node reads."""
         node = self.nodes.get(name)
         return tuple(n.name for n in node.all_input_nodes) if node is not None else ()
+
+
+def module_of(node: Node) -> str:
+    """``module encoder.layer.0 (BertLayer)``, where a node was captured."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, kind = list(stack.values())[-1]
+    name = kind if isinstance(kind, str) else kind.__name__
+    return f"module {path or '(the model)'} ({name.rpartition('.')[2]})"

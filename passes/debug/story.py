@@ -8,7 +8,15 @@ from itertools import groupby
 from typing import Any, Literal
 
 Kind = Literal[
-    "captured", "made", "edited", "rewired", "retyped", "replaced", "removed", "declined"
+    "captured",
+    "made",
+    "edited",
+    "rewired",
+    "revalued",
+    "retyped",
+    "replaced",
+    "removed",
+    "declined",
 ]
 
 
@@ -21,8 +29,9 @@ class Event:
         step: number of the pass in the recipe; 0 is the capture.
         pass_name: the pass, or ``"capture"``.
         kind: ``edited`` is the node itself, ``rewired`` that it reads something else, ``retyped``
-            that only its type is another, ``replaced`` that its readers read another value now,
-            ``removed`` that it went away without one.
+            that only its type is another, ``revalued`` that a constant it reads has other values,
+            ``replaced`` that its readers read another value now, ``removed`` that it went away
+            without one.
         about: the node, or ``@name`` of a constant.
         number: of the rewrite site; None for a refusal and at capture.
         rule: which rule.
@@ -98,6 +107,7 @@ class Story:
         same_value: whether ``now`` stands for the value, or only took it in.
         readers: what reads ``now`` in the resulting program.
         others: other values of the same name, as it would have to be asked for.
+        end: what ``now`` is about: the result, or the program at which the run failed.
     """
 
     asked: str
@@ -108,6 +118,7 @@ class Story:
     same_value: bool
     readers: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    end: str = "the result"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -120,6 +131,7 @@ class Story:
             "same_value": self.same_value,
             "readers": list(self.readers),
             "others": list(self.others),
+            "end": self.end,
         }
 
     def text(self) -> str:
@@ -132,7 +144,7 @@ class Story:
                 # The making of what took its place says the same.
                 if event.kind != "replaced" or (event.number, event.about) not in made:
                     lines.extend("  " + line for line in _told(event))
-        lines += ["the result", *("  " + line for line in self._ending())]
+        lines += [self.end, *("  " + line for line in self._ending())]
         lines += [
             f"{other.rpartition('@')[0]} was also another value: ask for {other}"
             for other in self.others
@@ -167,6 +179,7 @@ def _told(event: Event) -> list[str]:
         "edited": f"edited {event.about}",
         "rewired": f"changed what {event.about} reads",
         "retyped": f"changed the type of {event.about}",
+        "revalued": f"changed the values of {sources}, which {event.about} reads",
         "replaced": f"replaced {event.about} by {into}",
         "removed": f"removed {event.about}" + (f", which went into {into}" if into else ""),
     }[event.kind]
