@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,6 +67,8 @@ class Question:
         for name, value in (("--max-abs", self.max_abs), ("--max-drop", self.max_drop)):
             if value is not None and not value >= 0:
                 raise UsageError(f"{name} is {value:g}", hint="give a number of at least 0")
+        if self.min_sqnr is not None and math.isnan(self.min_sqnr):
+            raise UsageError("--min-sqnr is nan", hint="give a number of decibels")
         if self.slower_than is not None:
             read_limit(self.slower_than)
         elif self.threads is not None:
@@ -188,8 +192,7 @@ def bisect(
     question = Question(**asked)
     question.check()
     wish = Wish(model, recipe, target, calibration, seed, exclude, disable_pass)
-    if output is not None:
-        _make_folder(output)
+    made = output is not None and _make_folder(output)
     with ExitStack() as stack:
         tell = _teller(as_json=as_json)
         stage = stack.enter_context(stages(quiet=quiet))
@@ -207,6 +210,8 @@ def bisect(
         )
     with symbols.restored():  # a guilty pass may have fixed a size for all versions of the program
         _report(found, wish, subject, _write(found, output), as_json=as_json)
+    if made and output is not None and not any(output.iterdir()):
+        output.rmdir()
     return 0 if found.found else 1
 
 
@@ -228,15 +233,19 @@ def _teller(*, as_json: bool) -> Callable[[Evaluation], None]:
 # -- the answer -----------------------------------------------------------------------------------
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> bool:
+    """Make a folder before any long work is done; says whether it is a new one."""
     from planish.ir.errors import UsageError
 
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # asking for permission is not enough
     except OSError as error:
         raise UsageError(
             f"cannot write into {str(folder)!r}: {error.strerror}", hint="name a new folder"
         ) from None
+    return new
 
 
 def _write(found: Bisection, folder: Path | None) -> dict[str, str | None]:

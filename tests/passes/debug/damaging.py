@@ -60,10 +60,10 @@ class Damage(Pass):
     Attributes:
         at: positions along the chain, from 0.
         how: ``scale`` and ``undo`` multiply by 2 and by 1/2, ``drift`` by a little more than 1;
-            ``nan`` divides by zero; ``crash`` raises within a site, and ``match`` before one;
-            ``type`` claims a wrong type; ``write`` writes into a constant; ``slow`` adds much work
-            that changes nothing; ``outside`` edits without the rewriter's knowledge; ``silent``
-            edits with a rewriter that counts no sites.
+            ``nan`` takes the logarithm of negative numbers; ``crash`` raises within a site, and
+            ``match`` before one; ``type`` claims a wrong type; ``write`` writes into a constant;
+            ``slow`` adds much work; ``outside`` edits without the rewriter's knowledge, and
+            ``silent`` with a rewriter that counts no sites.
         only: leave the other rectifiers alone.
     """
 
@@ -101,7 +101,7 @@ class Damage(Pass):
         if wrong and self.how == "write":
             program.constants["weight"].fill_(3.0)  # type: ignore[union-attr]
         new = rewriter.call(aten.clamp_min.default, (node.args[0], 0), like=node)
-        factor = {"scale": 2.0, "silent": 2.0, "undo": 0.5, "drift": 1.00006, "nan": 0.0}
+        factor = {"scale": 2.0, "silent": 2.0, "undo": 0.5, "drift": 1.00006, "nan": -1.0}
         if wrong and self.how in factor:
             new = rewriter.call(aten.mul.Tensor, (new, factor[self.how]), like=node)
         if wrong and self.how == "nan":
