@@ -59,6 +59,7 @@ def reduction(
     fails: Fails,
     *,
     anchors: Sequence[str] = (),
+    known: bool = False,
     tell: Tell | None = None,
     max_tries: int = MAX_TRIES,
 ) -> Reduction:
@@ -68,6 +69,7 @@ def reduction(
         program: what fails.
         fails: whether a program fails in the same way.
         anchors: names of nodes near the failure, the likeliest first; unknown ones are ignored.
+        known: whether it was seen that ``program`` fails, so that it is not tried again.
         tell: told after every try and every stage.
         max_tries: how often ``fails`` may be asked.
 
@@ -77,7 +79,7 @@ def reduction(
     if max_tries < 1:
         raise UsageError(f"max_tries is {max_tries}", hint="give at least 1")
     search = Search(program, fails, tell, max_tries)
-    if not search.attempt(program):
+    if not known and not search.attempt(program):
         raise UsageError(
             "the program does not fail, so there is nothing to reduce",
             hint="a failure is reduced with the recipe and the inputs that showed it",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from planish.ir.capture_errors import quiet
 from planish.ir.errors import PlanishError
 from planish.ir.files import load, save
 from planish.ir.program import Program
@@ -25,8 +25,7 @@ from planish.passes.debug.reduce_folder import (
     write_reduced,
 )
 from planish.passes.debug.reduce_search import Fails, Tell
-
-_WORD = re.compile(r"[A-Za-z_]\w*")
+from planish.passes.debug.reduce_suspects import suspects
 
 
 class NotReproducedError(PlanishError):
@@ -107,10 +106,12 @@ def reduce_bundle(
     check_folder(folder)
     program = bundle.program
     view, only, error = _reproduced(bundle)
-    anchors = _WORD.findall(f"{bundle.failure.message}\n{error}")
+    anchors = suspects(view, error)
 
     def search(fails: Fails) -> Reduction:
-        return reduction(program, fails, anchors=anchors, tell=tell, max_tries=max_tries)
+        return reduction(
+            program, fails, anchors=anchors, known=True, tell=tell, max_tries=max_tries
+        )
 
     def fails(candidate: Program) -> bool:
         return _fails(view, candidate, only=only)
@@ -175,7 +176,8 @@ def _reproduced(bundle: Bundle) -> tuple[Bundle, bool, BaseException]:
 
 
 def _fails(bundle: Bundle, candidate: Program, *, only: bool) -> bool:
-    error = replay(bundle, candidate, only_failing=only)
+    with quiet():  # torch logs what its shape functions reject, again and again
+        error = replay(bundle, candidate, only_failing=only)
     return error is not None and failure_of(error).signature == bundle.failure.signature
 
 
