@@ -30,6 +30,7 @@ SCRIPTS = (
     "summary.js",
     "timeline.js",
     "hierarchy.js",
+    "layout.js",
     "canvas.js",
     "details.js",
     "graphs.js",

@@ -1,6 +1,5 @@
-// One panel: lays out what is visible with dagre and draws it as SVG that can be moved and scaled.
+// One panel: draws what is visible as SVG that can be moved and scaled.
 
-const TITLE = 18; // height of a frame's title, above what dagre lays out
 const NEAREST = 0.6; // a whole graph is not shown smaller than this; then its top is shown
 
 function textWidth(text, perLetter) {
@@ -21,25 +20,6 @@ function sizeOf(item) {
   const [first, second] = linesOf(item);
   const width = Math.max(92, textWidth(first, 7.4) + 26, textWidth(second, 6) + 22);
   return { width, height: item.isGroup ? 52 : 40 };
-}
-
-function layOut(view) {
-  const graph = new dagre.graphlib.Graph({ compound: true });
-  graph.setGraph({
-    rankdir: "TB",
-    nodesep: 22,
-    ranksep: 32,
-    marginx: 16,
-    marginy: 16 + TITLE,
-    ranker: view.boxes.length > 200 ? "longest-path" : "network-simplex",
-  });
-  graph.setDefaultEdgeLabel(() => ({}));
-  for (const frame of view.frames) graph.setNode(frame.id, {});
-  for (const box of view.boxes) graph.setNode(box.id, sizeOf(box.item));
-  for (const part of [...view.frames, ...view.boxes]) if (part.frame) graph.setParent(part.id, part.frame);
-  for (const edge of view.edges) graph.setEdge(edge.from, edge.to, { count: edge.values.length });
-  dagre.layout(graph);
-  return graph;
 }
 
 // handlers: toggle(group), pick(node), title(item) -> string, classes(item) -> string
@@ -116,7 +96,7 @@ class Canvas {
   draw(view) {
     this.boxes = new Map(view.boxes.map((box) => [box.id, box]));
     this.boxOf = view.boxOf;
-    this.graph = layOut(view);
+    this.layout = layOut(view);
     const parts = [
       ...view.frames.map((frame) => this.frame(frame)),
       ...view.edges.map((edge) => this.edge(edge)),
@@ -129,13 +109,13 @@ class Canvas {
   }
 
   frame({ id, group: group_ }) {
-    const place = this.graph.node(id);
-    const [left, top] = [place.x - place.width / 2, place.y - place.height / 2 - TITLE];
+    const place = this.layout.places.get(id);
+    const { left, top } = place;
     const label = shorten(group_.title, Math.max(8, Math.floor(place.width / 7.5) - 3));
     return s(
       "g",
       { class: "frame" },
-      s("rect", { x: left, y: top, width: place.width, height: place.height + TITLE, rx: 8 }),
+      s("rect", { x: left, y: top, width: place.width, height: place.height, rx: 8 }),
       s(
         "g",
         this.button(`Collapse ${group_.title}`, () => this.handlers.toggle(group_), { "data-group": group_.key }),
@@ -146,8 +126,9 @@ class Canvas {
     );
   }
 
-  edge({ from, to, values }) {
-    const points = this.graph.edge(from, to).points;
+  edge(edge) {
+    const { from, to, values } = edge;
+    const points = this.layout.routes.get(edge);
     const [first, ...rest] = points;
     let d = `M${first.x} ${first.y}`;
     rest.forEach((point, position) => {
@@ -181,7 +162,7 @@ class Canvas {
   }
 
   box({ id, item }) {
-    const place = this.graph.node(id);
+    const place = this.layout.places.get(id);
     const [first, second] = linesOf(item);
     const act = () => (item.isGroup ? this.handlers.toggle(item) : this.handlers.pick(item));
     const kind = item.isGroup ? "Expand" : item.kind;
@@ -190,7 +171,7 @@ class Canvas {
       "g",
       this.button(`${kind} ${first}, ${second}`, act, {
         ...names,
-        transform: `translate(${place.x - place.width / 2} ${place.y - place.height / 2})`,
+        transform: `translate(${place.left} ${place.top})`,
       }),
       s("title", {}, this.handlers.title(item)),
       s("rect", { class: "face", width: place.width, height: place.height, rx: item.isGroup ? 8 : 5 }),
@@ -266,7 +247,7 @@ class Canvas {
   }
 
   fit() {
-    const { width, height } = this.graph.graph();
+    const { width, height } = this.layout;
     const { clientWidth, clientHeight } = this.svg;
     const whole = Math.min(clientWidth / width, clientHeight / height, 1.1);
     const scale = Math.max(whole, Math.min(NEAREST, 1));
@@ -277,12 +258,12 @@ class Canvas {
 
   // Bring a box into the middle, at a readable size.
   center(id) {
-    const place = this.graph.node(id);
+    const place = this.layout.places.get(id);
     if (!place) return;
     this.view.scale = Math.max(this.view.scale, 0.8);
     const { clientWidth: width, clientHeight: height } = this.svg;
-    this.view.x = place.x - width / this.view.scale / 2;
-    this.view.y = place.y - height / this.view.scale / 2;
+    this.view.x = place.left + place.width / 2 - width / this.view.scale / 2;
+    this.view.y = place.top + place.height / 2 - height / this.view.scale / 2;
     this.apply();
   }
 
@@ -300,14 +281,15 @@ class Canvas {
   }
 
   step([dx, dy]) {
+    const middle = ({ left, top, width, height }) => ({ x: left + width / 2, y: top + height / 2 });
     const here = [...this.boxes.values()].find((box) => box.element === document.activeElement);
-    const from = here ? this.graph.node(here.id) : { x: this.view.x, y: this.view.y - 1 };
+    const from = here ? middle(this.layout.places.get(here.id)) : { x: this.view.x, y: this.view.y };
     let best = null;
     for (const box of this.boxes.values()) {
-      const place = this.graph.node(box.id);
-      const along = here ? (place.x - from.x) * dx + (place.y - from.y) * dy : 1;
+      const to = middle(this.layout.places.get(box.id));
+      const along = here ? (to.x - from.x) * dx + (to.y - from.y) * dy : 1;
       if (box === here || along <= 0) continue;
-      const cost = Math.hypot(place.x - from.x, place.y - from.y) * 2 - along;
+      const cost = Math.hypot(to.x - from.x, to.y - from.y) * 2 - along;
       if (!best || cost < best.cost) best = { cost, box };
     }
     if (!best) return;

@@ -242,11 +242,11 @@ function keepWithin(spared) {
 function redraw(anchor = null) {
   for (const side of SIDES) {
     const { canvas, tree, graph } = sides[side];
-    const old = anchor && canvas.graph && canvas.graph.node(anchor);
-    const from = old && { x: old.x, y: old.y - old.height / 2 };
+    const old = anchor && canvas.layout.places.get(anchor);
     canvas.draw(visible(tree, graph, graphState.expanded));
-    const now = from && canvas.graph.node(anchor);
-    if (now) canvas.moveBy(now.x - from.x, now.y - now.height / 2 - from.y);
+    const now = old && canvas.layout.places.get(anchor);
+    // What was clicked stays where it was.
+    if (now) canvas.moveBy(now.left + now.width / 2 - old.left - old.width / 2, now.top - old.top);
   }
 }
 

@@ -9,10 +9,11 @@ const FIRST_BOXES = 40; // drawn when the page opens
 function buildTree(graph, withConstants) {
   const root = newGroup("", "", null);
   const groups = new Map([["", root]]);
+  const readers = withConstants ? readersOf(graph) : new Map();
   for (const node of graph.nodes) {
     if (!withConstants && node.kind === "constant") continue;
     let parent = root;
-    for (const path of node.modules) {
+    for (const path of stackOf(node, readers)) {
       const key = `${parent.key}>${path}`;
       if (!groups.has(key)) {
         const group_ = newGroup(key, titleOf(path, parent), parent);
@@ -27,6 +28,18 @@ function buildTree(graph, withConstants) {
   }
   tidy(root);
   return root;
+}
+
+// A constant stands with the first node that reads it, unless it knows better.
+const stackOf = (node, readers) =>
+  node.modules.length || node.kind !== "constant" ? node.modules : (readers.get(node.name) || node).modules;
+
+function readersOf(graph) {
+  const readers = new Map();
+  for (const node of graph.nodes) {
+    for (const name of node.inputs) if (!readers.has(name)) readers.set(name, node);
+  }
+  return readers;
 }
 
 const newGroup = (key, title, parent) => ({ key, path: "", title, kind: "", parent, children: [], isGroup: true });
