@@ -29,6 +29,7 @@ _ASSUMPTIONS = frozenset({"integer", "positive", "nonnegative", "real", "finite"
 _POWERS = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift"})
 _LARGEST_EXPRESSION = 20_000
 _LARGEST_POWER = 64
+_DEEPEST_POWER = 2  # (x**64)**64 is read in no time; each further level takes 64 times the memory
 
 _OPERATOR = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?", re.ASCII)
 # It maps any file it is told to into memory, and creates it if asked to.
@@ -163,7 +164,8 @@ def check_size(text: Any) -> None:  # noqa: ANN401 - any JSON
         raise problem
 
 
-def _is_size(node: ast.expr) -> bool:
+def _is_size(node: ast.expr, powers: int = 0) -> bool:
+    """Whether it is arithmetic; ``powers`` counts the powers it is the base of."""
     if isinstance(node, ast.Name):
         return node.id in _SIZE_VALUES or _is_symbol_name(node.id)
     if _is_number(node):
@@ -187,9 +189,11 @@ def _is_size(node: ast.expr) -> bool:
         )
     if node.func.id == "Float" and len(node.args) == 1 and isinstance(node.args[0], ast.Constant):
         return re.fullmatch(r"-?[\d.]{1,40}(e[+-]?\d{1,3})?", str(node.args[0].value)) is not None
-    if node.func.id in _POWERS and not (len(node.args) == 2 and _is_modest(node.args[1])):
-        return False
-    return all(_is_size(argument) for argument in node.args)
+    if node.func.id in _POWERS:
+        powers += 1
+        if powers > _DEEPEST_POWER or len(node.args) != 2 or not _is_modest(node.args[1]):
+            return False
+    return all(_is_size(argument, powers) for argument in node.args)
 
 
 def _is_symbol_name(name: str) -> bool:
