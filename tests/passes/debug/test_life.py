@@ -103,7 +103,7 @@ def test_numbers_are_of_the_result_unless_a_step_is_named(program: Program) -> N
         "%x": "x",
     }
     assert life.explain("%1").others == ("%1@0",)
-    assert "the name was also another value's: ask for %1@0" in life.explain("%1").text()
+    assert "%1 was also another value: ask for %1@0" in life.explain("%1").text()
     assert life.explain("%0").others == ()
 
 
