@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("planish.tools.diff:diff", "Show what is different between two programs."),
     "compare": ("planish.tools.compare:compare", "Compare the outputs of two models or files."),
     "bisect": ("planish.tools.bisect:bisect", "Find the rewrite that makes a result bad."),
+    "report": ("planish.tools.report:report", "Write a report of a run as one HTML page."),
     "bench": ("planish.tools.bench_command:bench", "Time artifacts against each other."),
     "doctor": ("planish.tools.doctor:doctor", "Say what this machine and installation can do."),
 }

@@ -40,7 +40,9 @@ from planish.tools.watching import watching as watching_options
     help="Called without arguments; returns an iterable of inputs.",
 )
 @click.option(
-    "--report", type=click.Path(path_type=Path), help="Also write the report (*.json, *.txt)."
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Also write the report: *.html, *.json, *.txt.",
 )
 @click.option("--all-passes", is_flag=True, help="Show passes that found nothing to do.")
 @watching_options
@@ -73,6 +75,7 @@ def optimize(
     """
     from planish.passes.recipe import resolve
     from planish.tools.loading import import_callable, load_model
+    from planish.tools.report import report_text
     from planish.tools.writing import write_text
 
     out = check_output(output) if output is not None else None
@@ -97,8 +100,7 @@ def optimize(
             stage("exporting")
             result.export(out, opset=opset, verify=verify != "off")
     if report is not None:
-        text = result.report.to_json() if report.suffix == ".json" else result.report.to_text()
-        write_text(report, text)
+        write_text(report, report_text(result.report, report))
     if as_json:
         output = str(out) if out else None
         print_json({**result.report.to_dict(), **watching.to_dict(), "output": output})
