@@ -1,0 +1,109 @@
+"""The pages under docs/ are promises: their code runs, their commands print what they show."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from planish.tools.cli import COMMANDS, main
+from tests.support.real_models import loaded
+from tests.support.repository import ROOT
+
+DEBUGGING = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
+BUNDLE = "planish-repro-35467e558832"  # as the page calls it; the name depends on the versions
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DEBUGGING, re.S | re.M)
+
+
+def shown(block: str) -> list[tuple[list[str], list[str]]]:
+    """Each command of a console block, as words, with the lines that it is said to print."""
+    found: list[tuple[list[str], list[str]]] = []
+    for line in block.splitlines():
+        if line.startswith("$ "):
+            found.append((shlex.split(line[2:]), []))
+        else:
+            found[-1][1].append(line)
+    return found
+
+
+def printed(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """The exit code of a command and all it wrote."""
+    assert command[0] == "planish"
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out + captured.err
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the page assumes it: the model, the wrong pass, and bundles in it."""
+    loaded("minilm")  # skips where the package is missing
+    from planish.tools.demo import model_folder
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PLANISH_REPRO_DIR", ".")
+    monkeypatch.setenv("COLUMNS", "400")
+    (tmp_path / "minilm").symlink_to(model_folder())
+    (tmp_path / "wrong.py").write_text(blocks("python")[0], encoding="utf-8")
+    return tmp_path
+
+
+def test_a_planted_rewrite_is_found_reduced_and_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
+    walk = [step for block in blocks("console")[:4] for step in shown(block)]
+    codes = {"optimize": 3, "bisect": 0, "reduce": 0, "repro": 0}
+    assert [command[1] for command, _ in walk] == list(codes)
+    bundle = BUNDLE
+    for command, expected in walk:
+        code, output = printed(
+            [word.replace(BUNDLE, bundle) for word in command], monkeypatch, capsys
+        )
+        assert code == codes[command[1]], output[-500:]
+        if command[1] == "optimize":
+            (made,) = (p.name for p in folder.iterdir() if p.name.startswith("planish-repro-"))
+            bundle = made
+        for line in expected:
+            wanted = line.replace(BUNDLE, bundle).removesuffix("...").strip()
+            assert wanted in output, (wanted, output)
+    module = (folder / "reduced" / "module.py").read_text(encoding="utf-8")
+    assert "planish." not in module
+    space: dict[str, object] = {"__file__": str(folder / "reduced" / "module.py")}
+    exec(compile(module, "module.py", "exec"), space)
+    network, inputs, _ = space["build"]()  # type: ignore[operator]
+    assert network(*inputs)[0].shape == (2, 16, 384)
+
+
+def test_the_other_commands_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (rest,) = blocks("console")[4:]
+    for command, expected in shown(rest):
+        assert not expected
+        code, output = printed(command, monkeypatch, capsys)
+        assert code == (1 if command[1] == "diff" else 0), output[-500:]
+        assert output
+
+
+def test_the_python_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[1], "debugging.md", "exec"), {"__name__": "docs"})
+    assert "checks" in capsys.readouterr().out
+
+
+def test_options_and_commands_exist() -> None:
+    from planish.tools.bisect import bisect
+
+    options = {name for parameter in bisect.params for name in parameter.opts}
+    (table,) = re.findall(r"^\| bad is.*?\n\n", DEBUGGING, re.S | re.M)
+    assert set(re.findall(r"`(--[\w-]+)", table)) <= options
+    assert set(re.findall(r"`planish ([\w-]+)", DEBUGGING)) <= set(COMMANDS)
