@@ -1,0 +1,175 @@
+"""``planish repro``: what it prints, its exit codes, and that showing a bundle imports nothing."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import planish
+from planish.ir.files import save
+from planish.tools.cli import main
+from tests.support.failing_passes import Crash, Wrong
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+class Net(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) * 2
+
+
+class Other(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.fixture
+def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["planish", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        code = stopped.value.code
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return call
+
+
+def failed(folder: Path) -> planish.PlanishError:
+    with pytest.raises(planish.PlanishError) as caught:
+        planish.optimize(
+            Net().eval(), (torch.linspace(-1, 1, 4),), recipe=[Wrong(), Crash()], dump_dir=folder
+        )
+    return caught.value
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    error = failed(tmp_path)
+    assert error.replay is not None
+    return Path(error.replay.removeprefix("planish repro "))
+
+
+def test_the_same_failure_is_exit_0(planish_: Call, bundle: Path) -> None:
+    code, out, _ = planish_("repro", bundle)
+    assert code == 0
+    assert out.startswith("pass wrong: it is exact, and at the sample inputs output 0 ")
+    assert out.endswith("\nreproduced: the same failure\n")
+    code, out, err = planish_("repro", bundle, "--json", "--quiet", "--only-failing")
+    result = json.loads(out)
+    assert (code, err) == (0, "")
+    assert result["reproduced"] is True
+    assert result["got"] == result["expected"]
+    assert result["got"]["signature"] == "contract/wrong/differs"
+    assert result["differences"] == {}
+
+
+def test_the_error_of_a_command_ends_with_the_command_that_replays_it(
+    planish_: Call, tmp_path: Path
+) -> None:
+    recipe = "tests.support.failing_passes:Wrong"
+    model = "tests.support.tiny:conv_bn"
+    code, _, err = planish_(
+        "optimize", model, "--recipe", recipe, "--dump-dir", tmp_path / "dump", "--quiet"
+    )
+    assert code == 3
+    command = err.rstrip().splitlines()[-1].strip()
+    assert command.startswith(f"replay: planish repro {tmp_path}/dump/planish-repro-")
+    code, out, _ = planish_(*command.split()[2:])
+    assert code == 0
+    assert out.endswith("reproduced: the same failure\n")
+
+
+def test_another_failure_or_none_is_exit_1_and_lists_what_differs(
+    planish_: Call, bundle: Path
+) -> None:
+    save(planish.optimize(Other().eval(), (torch.ones(4),), recipe="none").program, _other(bundle))
+    code, out, _ = planish_("repro", bundle, "--program", _other(bundle))
+    assert code == 1
+    assert "not reproduced: another failure (crash/wrong/StopIteration)" in out
+    assert "where the bundle has contract/wrong/differs:" in out
+    assert "versions and machine are those of the bundle" in out
+    facts = json.loads((bundle / "repro.json").read_text())
+    facts["versions"]["torch"] = "0.1"
+    facts["left_out"] = ["a loss"]
+    (bundle / "repro.json").write_text(json.dumps(facts))
+    (bundle / "recipe.yaml").write_text("passes: []\n")
+    code, out, _ = planish_("repro", bundle)
+    assert code == 1
+    assert out.startswith("not reproduced: no failure, where the bundle has contract/wrong/differs")
+    assert f"differs: torch was 0.1 and is {torch.__version__}\n" in out
+    assert "not in the bundle: a loss\n" in out
+    code, out, _ = planish_("repro", bundle, "--json")
+    result = json.loads(out)
+    assert (code, result["reproduced"], result["got"]) == (1, False, None)
+    assert result["differences"] == {"torch": {"bundle": "0.1", "here": torch.__version__}}
+
+
+def _other(bundle: Path) -> Path:
+    return bundle.parent.parent / "other.pt2"
+
+
+def test_show_prints_what_is_in_it(planish_: Call, bundle: Path) -> None:
+    code, out, _ = planish_("repro", bundle, "--show")
+    assert code == 0
+    for part in (
+        "fails: the first pass of the recipe",
+        "signature: contract/wrong/differs",
+        "  tests.support.failing_passes:Wrong\n",
+        "  tests.support.failing_passes:Crash\n",
+        f"torch {torch.__version__}",
+        "program.pt2",
+        "  README.txt",
+    ):
+        assert part in out
+    code, out, _ = planish_("repro", bundle, "--show", "--json")
+    shown = json.loads(out)
+    assert shown["stage"] == "pass"
+    assert set(shown["files"]) == {p.name for p in bundle.iterdir()}
+
+
+def test_show_imports_no_pass(bundle: Path) -> None:
+    code = (
+        "import sys\nfrom planish.tools.cli import main\n"
+        "try:\n    main()\nfinally:\n    assert not [m for m in sys.modules if 'failing' in m]\n"
+    )
+    command = [sys.executable, "-c", code, "repro", str(bundle), "--show"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "signature: contract/wrong/differs" in done.stdout
+
+
+def test_a_bad_call_says_how_to_call(planish_: Call, bundle: Path, tmp_path: Path) -> None:
+    code, _, err = planish_("repro", tmp_path / "absent")
+    assert code == 2
+    assert "does not exist" in err
+    code, _, err = planish_("repro", bundle, "--show", "--only-failing")
+    assert code == 2
+    assert "--show runs nothing" in err
+    (bundle / "program.pt2").unlink()
+    code, _, err = planish_("repro", bundle)
+    assert code == 2
+    assert "has no program.pt2" in err
+
+
+def test_the_help_says_whose_code_a_replay_runs(planish_: Call) -> None:
+    code, out, _ = planish_("repro", "--help")
+    assert code == 0
+    assert "imports the passes that its recipe names as module:Class" in " ".join(out.split())
+
+
+def test_a_note_on_an_error_is_printed(
+    planish_: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PLANISH_REPRO_DIR", str(tmp_path / "file"))
+    model, recipe = "tests.support.tiny:conv_bn", "tests.support.failing_passes:Crash"
+    code, _, err = planish_("optimize", model, "--recipe", recipe, "--quiet")
+    assert code == 1
+    assert "\nnote: no bundle was written to replay this: " in err
