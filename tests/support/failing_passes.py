@@ -244,7 +244,7 @@ class _Odd(Tensor):
     @staticmethod
     def __new__(cls, value: Tensor) -> _Odd:
         made: Any = Tensor._make_subclass(cls, value)
-        return made  # type: ignore[no-any-return]
+        return made
 
 
 def relu(program: Program) -> Node:
