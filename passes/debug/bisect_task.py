@@ -76,10 +76,11 @@ class Task:
         with self._symbols.restored():
             return attempt(self.program, recipe, self.context(), instruments, excluded=excluded)
 
-    def rerun(self, state: State, limit: int) -> Attempt:
+    def rerun(self, state: State, limit: int, *, watched: bool = True) -> Attempt:
         """Run the step of a state again, with the rewrite sites up to a limit."""
+        watchers = self.watchers() if watched else ()
         with self._symbols.restored():
-            return rerun(state, self.recipe, self.context(), self.watchers(), limit)
+            return rerun(state, self.recipe, self.context(), watchers, limit)
 
 
 def first_line(error: Exception) -> str:

@@ -336,5 +336,6 @@ def test_a_wrong_rewrite_in_a_real_model(name: str, predicate: Predicate) -> Non
     assert found.step == guilty
     assert f"{found.rule}@{found.node}" == planted.site
     assert not found.evaluations[-1].bad
-    assert found.count("site") <= budget(len(clean.run.records[guilty - 1].changes))
+    rewrites = len(clean.run.records[guilty - 1].changes)
+    assert found.count("site") <= budget(rewrites + 1)  # a fault may be a rewrite of its own
     sound(found)
