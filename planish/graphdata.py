@@ -32,13 +32,14 @@ class Graphs:
     Nothing is written out before ``to_dict`` is called.
 
     Args:
-        before: the captured program; nobody edits it any more.
+        before: the captured program; unless it is ``after`` as well, nobody edits it any more.
         after: the optimized program. Its graph is copied, since the caller may go on editing it.
     """
 
     def __init__(self, before: Program, after: Program):
-        self._before = outline(before)
-        self._after = outline(after.clone())
+        copy = outline(after.clone())
+        self._before = copy if before is after else outline(before)
+        self._after = copy
 
     def to_dict(self, passes: Sequence[Sequence[Change]]) -> dict[str, Any]:
         """Both programs, with what happened to each node.
