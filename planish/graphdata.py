@@ -169,7 +169,7 @@ class _Rows:
         if kind == "operator":
             call = _call(node_text(self._program, node, self._names))
             self.shapes[node.name] = _call(node_text(self._program, node, self._anonymous))
-        row = {
+        row: dict[str, Any] = {
             "name": node.name,
             "id": self._ids[node],
             "kind": kind,

@@ -242,6 +242,7 @@ HOSTILE = (
 def spoiled(value: Any, seen: list[int]) -> Any:
     """A report in which every string that may come from a model or a recipe is hostile."""
     kept = {"status", "kind", "contract"}
+    done: tuple[str, ...] = ()
     if isinstance(value, dict):
         if "name" in value and "inputs" in value:  # a node: keep names consistent, and hostile
             value = {
@@ -253,8 +254,6 @@ def spoiled(value: Any, seen: list[int]) -> Any:
                 for key, item in value.items()
             }
             done = ("name", "inputs", "partners")
-        else:
-            done = ()
         return {
             (key if key.islower() and key.isidentifier() else key + HOSTILE[1]): (
                 item if key in kept or key in done else spoiled(item, seen)

@@ -77,7 +77,7 @@ def test_nothing_can_be_loaded() -> None:
         "img-src data:; base-uri 'none'; form-action 'none'"
     ]
     addresses = [
-        address
+        str(address)
         for tag, attributes in elements
         for name, address in attributes.items()
         if name in ("src", "href", "action", "data", "srcset", "poster") and tag != "script"
@@ -121,9 +121,10 @@ def test_the_vendored_library_names_itself_and_its_license() -> None:
 
 def test_what_is_no_report_is_refused() -> None:
     data = as_json(small_report())
-    for spoiled in (None, [], {**data, "seed": "0"}, {**data, "passes": [{}]}):
+    broken: list[Any] = [None, [], {**data, "seed": "0"}, {**data, "passes": [{}]}]
+    for spoiled in broken:
         with pytest.raises(UsageError):
-            page(spoiled)  # type: ignore[arg-type]
+            page(spoiled)
 
 
 def test_minilm_is_small_and_opens(tmp_path: Path) -> None:
