@@ -17,7 +17,7 @@ from planish.tools.options import (
     target_option,
     verify_option,
 )
-from planish.tools.watching import Watching, remarks
+from planish.tools.watching import Watching, remarks, said
 from planish.tools.watching import watching as watching_options
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def _facts(artifact: Artifact, report: Report) -> dict[str, Any]:
         "operators": dict(artifact.operators),
         "max_abs": comparison.max_abs if comparison else None,
         "probes": list(comparison.probes) if comparison else [],
-        "remarks": [*report.remarks, *(r for p in report.passes for r in p.remarks)],
-        "left_out": [p.name for p in report.passes if not p.ran],
+        **said(report),
     }
 
 

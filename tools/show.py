@@ -9,7 +9,7 @@ import click
 
 from planish.tools.console import print_json, stages, stdout
 from planish.tools.options import common, model_argument, optimize_loaded, verify_option
-from planish.tools.watching import Watching, remarks
+from planish.tools.watching import Watching, remarks, said
 from planish.tools.watching import watching as watching_options
 
 if TYPE_CHECKING:
@@ -93,11 +93,10 @@ def show(
         found = story.to_dict()
     else:
         found = {"text": text(result.program, values=values), **_cost(result.program)}
-    said = remarks(result.report)
     if as_json:
-        print_json({**found, "remarks": said, **watching.to_dict()})
+        print_json({**found, **said(result.report), **watching.to_dict()})
         return
-    for line in said:
+    for line in remarks(result.report):
         click.echo(line, err=True)
     if explain is not None:
         _print_story(story)

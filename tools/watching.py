@@ -171,12 +171,20 @@ def watching(function: F) -> F:
     return command  # type: ignore[return-value]  # click's options keep what they decorate
 
 
+def said(report: Report) -> dict[str, list[str]]:
+    """What a command that shows no report must not keep to itself, as plain data."""
+    return {
+        "left_out": [f"{i} {p.name}" for i, p in enumerate(report.passes, 1) if not p.ran],
+        "remarks": [*report.remarks, *(r for p in report.passes for r in p.remarks)],
+    }
+
+
 def remarks(report: Report) -> list[str]:
-    """What a command that shows no report must not keep to itself, as lines."""
-    left_out = [f"{i} {p.name}" for i, p in enumerate(report.passes, 1) if not p.ran]
-    sentences = (*report.remarks, *(r for p in report.passes for r in p.remarks))
-    found = [f"left out: {', '.join(left_out)}"] if left_out else []
-    return [*found, *(f"remark: {sentence}" for sentence in sentences)]
+    """The same as lines."""
+    found = said(report)
+    left_out = ", ".join(found["left_out"])
+    lines = [f"left out: {left_out}"] if left_out else []
+    return [*lines, *(f"remark: {sentence}" for sentence in found["remarks"])]
 
 
 def _print_times(timing: Timing) -> None:

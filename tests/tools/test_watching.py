@@ -103,7 +103,7 @@ def test_export_says_what_was_left_out(planish_: Call, saved: str, tmp_path: Pat
     code, out, err = planish_(*arguments, "--disable-pass", "2", "--bisect-limit", "1", "--json")
     facts = json.loads(out)
     assert code == 0
-    assert (facts["left_out"], err) == (["swap-activation"], "")
+    assert (facts["left_out"], err) == (["2 swap-activation"], "")
     assert [row["step"] for row in facts["timing"]] == [1, 3]
     assert facts["remarks"][1:] == [
         "the limit of 1 rewrite sites denied 1; the last done is "
