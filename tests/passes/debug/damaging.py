@@ -87,8 +87,7 @@ class Damage(Pass):
             if wrong and self.how == "match":
                 raise KeyError(node.name)
             if wrong and self.how == "outside":
-                program.graph.inserting_before(node)
-                node.replace_input_with(node.args[0], _doubled(program, node))
+                _double_behind_the_back(program, node)
                 continue
             with rewriter.site("rectify", node) as allowed:
                 if allowed:
@@ -99,7 +98,9 @@ class Damage(Pass):
         if wrong and self.how == "crash":
             raise KeyError("planted")
         if wrong and self.how == "write":
-            program.constants["weight"].fill_(3.0)  # type: ignore[union-attr]
+            weight = program.constants["weight"]
+            assert isinstance(weight, Tensor)
+            weight.fill_(3.0)
         new = rewriter.call(aten.clamp_min.default, (node.args[0], 0), like=node)
         factor = {"scale": 2.0, "silent": 2.0, "undo": 0.5, "drift": 1.00006, "nan": -1.0}
         if wrong and self.how in factor:
@@ -115,11 +116,12 @@ class Damage(Pass):
             new.meta["val"] = new.meta["val"].to(torch.float64)
 
 
-def _doubled(program: Program, node: Node) -> Node:
+def _double_behind_the_back(program: Program, node: Node) -> None:
     operand = node.args[0]
     assert isinstance(operand, Node)
     with program.graph.inserting_before(node):
-        return program.graph.call_function(aten.mul.Tensor, (operand, 2.0))
+        doubled = program.graph.call_function(aten.mul.Tensor, (operand, 2.0))
+    node.replace_input_with(operand, doubled)
 
 
 def sound(found: Bisection) -> None:

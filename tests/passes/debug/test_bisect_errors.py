@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import PassContext, PassResult
 from planish.passes.debug.bisect import bisect
-from planish.passes.debug.predicates import Crashes, KeepsContract, MaxAbs, MinSqnr
+from planish.passes.debug.predicates import Crashes, KeepsContract, MaxAbs, MinSqnr, Predicate
 from planish.passes.recipe import Recipe
 from tests.passes.debug.damaging import Chain, Damage, chain, sound
 from tests.support.example_passes import NeedsCalibration, RoundWeights, calling
@@ -28,7 +29,7 @@ def allowed(candidates: int) -> int:
     return math.ceil(math.log2(candidates)) + 1
 
 
-WATCHING = {"crash": Crashes, "contract": KeepsContract}
+WATCHING: dict[str, Callable[[], Predicate]] = {"crash": Crashes, "contract": KeepsContract}
 
 
 @pytest.mark.parametrize("predicate", WATCHING)
