@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,12 +152,33 @@ def _export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgra
 
 
 def _torch_export(model: nn.Module, call: Call, dynamic_shapes: Any) -> ExportedProgram:  # noqa: ANN401
+    call = _told_apart(model, call)
     # Under no_grad, torch.no_grad blocks of the model leave no operators behind.
     with untouched(model), torch.no_grad(), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         return torch.export.export(
             model, call.args, call.kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
+
+
+def _told_apart(model: nn.Module, call: Call) -> Call:
+    """The call with copies of tensors that are given twice, or are the model's own.
+
+    Torch tells inputs apart by their identity: of one tensor given for two inputs it would read
+    only one of the two, whatever the caller gives later.
+    """
+    seen = {id(t) for t in (*model.parameters(), *model.buffers())}
+
+    def own(leaf: Any) -> Any:  # noqa: ANN401 - whatever the caller passes
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) in seen:
+            return leaf.detach().clone()
+        seen.add(id(leaf))
+        return leaf
+
+    args, kwargs = pytree.tree_map(own, (call.args, call.kwargs))
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def _compare_with_model(model: nn.Module, call: Call, program: Program) -> None:

@@ -138,6 +138,27 @@ def test_a_call_that_is_another_is_refused(args: Any, kwargs: Any, says: str) ->
     assert says.startswith("input 'mask'") or caught.value.what == says
 
 
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((2,), 3.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x - 2 * y) * self.scale
+
+
+@pytest.mark.parametrize("given", ["one tensor for both inputs", "the model's own parameter"])
+def test_inputs_are_told_apart_whatever_the_example_was(given: str) -> None:
+    model = Difference().eval()
+    same = torch.ones(2)
+    examples = (same, same) if given.startswith("one") else (same, model.scale)
+    program = capture(model, examples)
+    assert all(kept is example for kept, example in zip(program.samples[0], examples, strict=True))
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+    assert torch.equal(program(x, y), model(x, y))
+    assert torch.equal(program(x, y), program(y=y, x=x))
+
+
 # -- constants that somebody else wrote -----------------------------------------------------------
 
 
