@@ -53,8 +53,9 @@ class Record:
         """Take in what a pass did not do."""
         for refusal in refusals:
             if (member := self.live.get(refusal.node)) is not None:
-                more = {"source": refusal.source, "text": refusal.reason}
-                self.tell(member, "declined", rule=refusal.rule, site=refusal.node, **more)
+                rule, site, source = refusal.rule, refusal.node, refusal.source
+                text = refusal.reason
+                self.tell(member, "declined", rule=rule, site=site, source=source, text=text)
 
     def _born(self, name: str) -> Member:
         member = self.passing(name)
@@ -238,12 +239,9 @@ class _Pass:
             for constant in dict.fromkeys(read):
                 if constant not in self.edited or member in self.told:
                     continue
-                lines = {
-                    "before": _those(self.old.line(constant)),
-                    "after": self.new.line(constant),
-                }
-                change = self.edited[constant]
-                self.record.tell(member, "revalued", change, sources=(constant,), **lines)
+                more: dict[str, Any] = {"sources": (constant,), "after": self.new.line(constant)}
+                more["before"] = _those(self.old.line(constant))
+                self.record.tell(member, "revalued", self.edited[constant], **more)
 
 
 def _those(*lines: str | None) -> tuple[str, ...]:

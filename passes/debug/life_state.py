@@ -68,7 +68,7 @@ class State:
         symbols = program.signature.symbols
         value = self.constants.get(name)
         if isinstance(value, Tensor):
-            return tensor_type(value, symbols, program.layouts.get(name[1:]))
+            return str(tensor_type(value, symbols, program.layouts.get(name[1:])))
         return type_text(self.nodes[name].meta.get("val"), symbols) if name in self.nodes else None
 
     def readers(self, name: str) -> tuple[str, ...]:

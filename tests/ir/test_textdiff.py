@@ -127,7 +127,9 @@ def test_what_is_new_is_numbered_from_where_the_first_program_ends(program: Prog
 
 def test_a_constant_of_other_values_is_a_change(program: Program) -> None:
     after = program.clone()
-    after.constants["first.weight"] = after.constants["first.weight"] * 2  # type: ignore[operator]
+    weight = after.constants["first.weight"]
+    assert isinstance(weight, Tensor)
+    after.constants["first.weight"] = weight * 2
     assert text(after) == text(program)
     found = compare(program, after)
     assert not found.equal
