@@ -60,16 +60,20 @@ def _noted(value: object) -> object:
         return value
     count = value.numel()
     if not count or value.layout is not torch.strided:
-        return tuple(value.shape)
+        return tuple(value.shape), None  # the shape is all there is to tell
     flat = torch.arange(min(count, _ELEMENTS)) * (count - 1) // max(1, min(count, _ELEMENTS) - 1)
     picked = value[torch.unravel_index(flat, value.shape)] if value.dim() else value.reshape(1)
     return tuple(value.shape), picked.detach().clone()
 
 
 def _alike(b: object, a: object) -> bool:
-    if not isinstance(b, tuple) or not isinstance(a, tuple) or b[0] != a[0] or len(b) != len(a):
-        return bool(b == a)
+    if not isinstance(b, tuple) or not isinstance(a, tuple):
+        return type(b) is type(a) and bool(b == a)
+    if b[0] != a[0]:
+        return False
     old, new = b[1], a[1]
+    if old is None or new is None:
+        return old is new
     if bound_of(old) == 0.0 or bound_of(new) == 0.0:
         return torch.equal(old, new)
     bound = _SLACK * max(bound_of(old), bound_of(new))
