@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -73,7 +74,7 @@ def operator_types(subject: Subject) -> Iterator[Fault]:
 
 
 def same_contract(subject: Subject) -> Iterator[Fault]:
-    """Signature and input types are those of the program before."""
+    """Signature, input types and sample inputs are those of the program before."""
     program, since = subject.program, subject.since
     if since is None:
         return
@@ -82,6 +83,19 @@ def same_contract(subject: Subject) -> Iterator[Fault]:
         return
     for node, before in zip(program.placeholders, since.placeholders, strict=True):
         yield from _type_changes(subject, node, before, f"input {before.name}")
+    if not _same_samples(program.samples, since.samples):
+        yield Fault("the sample inputs are not the ones the program had")
+
+
+def _same_samples(now: tuple[tuple[Any, ...], ...], then: tuple[tuple[Any, ...], ...]) -> bool:
+    """Whether the samples are the same objects: a pass has no business with their values."""
+    return now is then or (
+        len(now) == len(then)
+        and all(
+            len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+            for a, b in zip(now, then, strict=True)
+        )
+    )
 
 
 def same_results(subject: Subject) -> Iterator[Fault]:

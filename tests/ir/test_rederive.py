@@ -211,6 +211,10 @@ def test_sizes_are_compared_for_all_sizes() -> None:
     assert same_size(2 * (a + 1), 2 + a + a)
     assert same_size((a + 1) // 2, (a - 1) // 2 + 1)
     assert not same_size((a + 1) // 2, a // 2)
+    # At small sizes a divisor may be zero, where the expression has no value.
+    assert same_size(2 * b // (a - 2), (b + b) // (a - 2))
+    assert not same_size(b // (a - 2), a // (a - 2))
+    assert not same_size(b // (a - 2), b)
     assert not same_size(a * b, a + b)
 
 

@@ -56,6 +56,7 @@ def test_a_sample_that_misses_an_input_is_left_to_its_own_rule() -> None:
     assert broken_rules(program, since=net(), snapshot=Snapshot(program)) == {"samples-match"}
 
 
+@pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize(
     "write",
     [
@@ -64,10 +65,29 @@ def test_a_sample_that_misses_an_input_is_left_to_its_own_rule() -> None:
         lambda weight: weight.data.copy_(weight.flip(0)),
     ],
 )
-def test_checksums_find_writes_that_torch_does_not_count(write: Any) -> None:
+def test_writes_that_torch_does_not_count_are_found(write: Any, values: bool) -> None:
     program = net()
     weight = program.constants["two.weight"]
-    assert written(program, lambda: write(weight), values=True) == ["the constant 'two.weight'"]
+    found = written(program, lambda: write(weight), values=values)
+    assert found == ["the constant 'two.weight'"]
+
+
+def test_only_a_checksum_finds_one_element_of_many() -> None:
+    program = net()
+    program.constants["two.weight"] = weight = torch.ones(512, 512)
+
+    def write() -> None:
+        weight.numpy()[300, 7] = 2
+
+    assert written(program, write) == []
+    weight.fill_(1)
+    assert written(program, write, values=True) == ["the constant 'two.weight'"]
+
+
+def test_a_constant_that_is_not_contiguous_is_looked_at() -> None:
+    program = net()
+    program.constants["two.weight"] = weight = torch.randn(64, 3)[::2].t()
+    assert written(program, lambda: weight.numpy().fill(0)) == ["the constant 'two.weight'"]
 
 
 def test_tensors_of_inference_mode_are_watched_too() -> None:

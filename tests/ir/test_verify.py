@@ -69,6 +69,16 @@ def test_a_dropped_input_is_found() -> None:
     assert "inputs-match" in broken_rules(program)
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_other_samples_than_before_are_found(lost: bool) -> None:
+    before, after = net(), net()
+    before.samples = ((torch.ones(2, 3, 4), torch.ones(2, 3, 1)),)
+    after.samples = () if lost else tuple(tuple(v.clone() for v in s) for s in before.samples)
+    assert broken_rules(after, since=before) == {"same-contract"}
+    after.samples = tuple(tuple(sample) for sample in before.samples)
+    assert broken_rules(after, since=before) == set()
+
+
 def test_a_narrowed_input_is_found() -> None:
     before, after = net(), net()
     static_input(after)

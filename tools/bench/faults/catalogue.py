@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planish.tools.bench.faults import catalogue_fold
+from planish.tools.bench.faults import (
+    catalogue_cleanup,
+    catalogue_fold,
+    catalogue_fuse,
+    catalogue_structure,
+)
 from planish.tools.bench.faults.spec import Fault
 
 
@@ -17,4 +22,9 @@ def _gathered(*parts: tuple[Fault, ...]) -> dict[str, Fault]:
     return found
 
 
-FAULTS: Mapping[str, Fault] = _gathered(catalogue_fold.FAULTS)
+FAULTS: Mapping[str, Fault] = _gathered(
+    catalogue_fold.FAULTS,
+    catalogue_cleanup.FAULTS,
+    catalogue_fuse.FAULTS,
+    catalogue_structure.FAULTS,
+)

@@ -9,17 +9,22 @@ from torch import Tensor
 
 from planish.tools.bench.faults.sabotage import (
     batch_norm,
+    drop,
+    edited,
     in_call,
     in_constant,
+    nodes_of,
     noise,
     poisoned,
     put,
+    recomputed,
 )
 from planish.tools.bench.faults.spec import Call, Fault, Plant
 
 aten = torch.ops.aten
 
 _CONV = aten.conv2d.default
+_ATTENTION = aten.scaled_dot_product_attention.default
 
 # Every batch norm of EfficientNet-Lite0 follows a convolution without bias: 3 x 3, stride 2 first,
 # then depthwise and pointwise ones by turns.
@@ -187,4 +192,180 @@ _CONVOLUTIONS: tuple[Fault, ...] = (
     ),
 )
 
-FAULTS: tuple[Fault, ...] = (*_FORMULAS, *_CONVOLUTIONS)
+# -- scales, shifts, numbers ----------------------------------------------------------------------
+
+_scale = partial(
+    Fault, inner="fold-scale-shift", rule="scale-shift-into-producer", model="dinov2-s"
+)
+
+
+def _layer_scale(plant: Plant) -> Tensor:
+    """The vector that multiplies the output of a linear."""
+    return plant.tensor("other").double()
+
+
+def _scaled_columns(plant: Plant, weight: Tensor) -> Tensor | None:
+    """``W s`` instead of ``s W``, where the weight is square."""
+    scale = _layer_scale(plant)
+    if weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
+        return None
+    moved = weight.double() / scale.reshape(-1, 1) * scale.reshape(1, -1)
+    return moved.to(weight.dtype)
+
+
+_SCALES: tuple[Fault, ...] = (
+    _scale(
+        name="layer-scale-of-the-inputs",
+        kind="wrong axis",
+        nth=1,
+        on_constant=lambda plant, tensor, name: _scaled_columns(plant, tensor),
+    ),
+    _scale(
+        name="layer-scale-not-of-the-bias",
+        kind="wrong scale",
+        nth=4,
+        on_constant=lambda plant, tensor, name: (
+            (tensor.double() / _layer_scale(plant)).to(tensor.dtype)
+            if name.endswith("bias")
+            else None
+        ),
+    ),
+    _scale(
+        name="layer-scale-dropped",
+        kind="dropped operand",
+        nth=7,
+        candidates=nodes_of(aten.mul.Tensor),
+        extra=drop(),
+    ),
+    _scale(
+        name="layer-scale-twice",
+        kind="wrong scale",
+        nth=10,
+        on_replace=lambda plant, old, new: (
+            plant.rewriter.call(aten.mul.Tensor, (new, plant.given["other"]), like=plant.root)
+            if old is plant.root
+            else None
+        ),
+    ),
+    _scale(
+        name="shift-dropped-with-the-scale",
+        kind="dropped bias",
+        nth=2,
+        on_call=in_call(aten.linear.default, edit=put(bias=None)),
+    ),
+    Fault(
+        name="scalar-not-folded",
+        kind="wrong scale",
+        model="transformers/opt",
+        inner="fold-scalar",
+        rule="scalar-into-attention",
+        nth=1,
+        on_call=in_call(_ATTENTION, edit=put(scale=1.0)),
+    ),
+    Fault(
+        name="scalar-inverted",
+        kind="wrong scale",
+        model="transformers/opt",
+        inner="fold-scalar",
+        rule="scalar-into-attention",
+        nth=2,
+        on_call=in_call(_ATTENTION, edit=lambda plant, named: {"scale": 1 / named["scale"]}),
+    ),
+    Fault(
+        name="scalar-sign",
+        kind="wrong sign",
+        model="minilm",
+        inner="fold-scalar",
+        rule="scalar-into-attention",
+        nth=2,
+        candidates=nodes_of(_ATTENTION),
+        extra=edited(lambda plant, named: {"scale": -named["scale"]}),
+    ),
+)
+
+# -- layers merged --------------------------------------------------------------------------------
+
+_merged = partial(Fault, inner="merge-linears", rule="merge-layers", model="crnn-english-g2")
+
+
+_MERGES: tuple[Fault, ...] = (
+    _merged(
+        name="merged-without-the-first-bias",
+        kind="dropped bias",
+        on_constant=lambda plant, tensor, name: (
+            plant.tensor("bias").clone() if tensor.dim() == 1 else None
+        ),
+    ),
+    _merged(
+        name="merged-over-an-activation",
+        kind="removed operator",
+        model="minilm",
+        nth=3,
+        candidates=nodes_of(aten.gelu.default),
+        extra=drop(),
+    ),
+    _merged(
+        name="merged-weight-of-flipped-inputs",
+        kind="transposed weight",
+        on_constant=in_constant(lambda t: t.flip(1) if t.dim() == 2 else t),
+    ),
+    _merged(
+        name="square-weight-transposed",
+        kind="transposed weight",
+        model="minilm",
+        nth=4,
+        candidates=nodes_of(
+            aten.linear.default,
+            where=lambda node, program: len(set(node.args[1].meta["val"].shape)) == 1,  # type: ignore[union-attr]
+        ),
+        extra=recomputed("weight", lambda t: t.t().contiguous()),
+    ),
+    _merged(
+        name="recurrent-biases-swapped",
+        kind="swapped operands",
+        candidates=nodes_of(aten.lstm.input),
+        extra=lambda plant: _reversed_parameters(plant),
+    ),
+)
+
+
+def _reversed_parameters(plant: Plant) -> None:
+    """Let both directions of a recurrent layer read the other's weights."""
+    params = list(plant.given["params"])
+    half = len(params) // 2
+    args = list(plant.root.args)
+    args[args.index(plant.given["params"])] = [*params[half:], *params[:half]]
+    plant.rewriter.set_args(plant.root, args)
+
+
+# -- padding --------------------------------------------------------------------------------------
+
+_padding = partial(
+    Fault, inner="fold-padding", rule="number-padding", model="timm/convmixer_768_32"
+)
+
+_PADDINGS: tuple[Fault, ...] = (
+    _padding(
+        name="padding-one-too-small",
+        kind="wrong padding",
+        nth=5,
+        on_call=in_call(_CONV, edit=put(padding=[2, 2])),
+    ),
+    _padding(
+        name="padding-moved-between-axes",
+        kind="wrong padding",
+        nth=2,
+        on_call=in_call(_CONV, edit=put(padding=[5, 3])),
+    ),
+    _padding(
+        name="average-pool-counts-padding",
+        kind="wrong padding",
+        model="timm/poolformer_s12",
+        rule="padding-into-consumer",
+        nth=1,
+        candidates=nodes_of(aten.avg_pool2d.default),
+        extra=edited(put(count_include_pad=True)),
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (*_FORMULAS, *_CONVOLUTIONS, *_SCALES, *_MERGES, *_PADDINGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from planish.ir.capture import capture
 from planish.ir.errors import UsageError
 from planish.ir.files import load, save
 from planish.ir.program import Program
+from planish.ir.symbols import Symbols
 from planish.passes.base import PassContext, PassResult
 from planish.passes.instruments import default_instruments
 from planish.passes.pipeline import run_pipeline
@@ -83,12 +84,15 @@ class Clean:
         recipe: what ran.
         run: the run, in which verification found nothing.
         before: the program before each step, by its number.
+        symbols: what was known of the dynamic sizes. All versions of a program share them, and a
+            fault may fix one.
     """
 
     program: Program
     recipe: Recipe
     run: Run
     before: Mapping[int, Program]
+    symbols: Symbols
 
     def planted(self, fault: Fault) -> tuple[int, Recipe]:
         """The number of the guilty step, from 1, and the recipe with the fault in it.
@@ -103,6 +107,7 @@ class Clean:
                 nodes = [n.name for n in fault.candidates(self.before[record.index])]
             else:
                 nodes = [c.node for c in record.changes if c.rule == fault.rule]
+            nodes = [name for name in nodes if name.startswith(fault.at)]
             if len(nodes) < fault.nth:
                 continue
             site = f"{fault.rule}@{nodes[fault.nth - 1]}"
@@ -119,14 +124,14 @@ def clean_run(program: Program, recipe: str) -> Clean:
     Raises:
         VerificationError: a false alarm.
     """
-    keep, parsed = _Keep(), Recipe.parse(recipe)
+    symbols, keep, parsed = Symbols(program), _Keep(), Recipe.parse(recipe)
     run = run_pipeline(program, parsed, PassContext(target=TARGET), (keep, *default_instruments()))
-    return Clean(program, parsed, run, keep.before)
+    return Clean(program, parsed, run, keep.before, symbols)
 
 
-@cache
+@lru_cache(maxsize=2)  # programs are large; faults come model by model
 def cached_run(name: str, recipe: str, folder: Path | None) -> Clean:
-    """``clean_run`` of a model, once per process."""
+    """``clean_run`` of a model, kept for the faults that follow."""
     return clean_run(program_of(name, folder), recipe)
 
 

@@ -165,15 +165,15 @@ class PlantingRewriter(Rewriter):
                 self._plant = None
 
     def _close(self, plant: Plant) -> None:
+        # What an altered call no longer reads must not give the fault away.
+        made = set(self._opened().added)
+        for node in [n for n in self.program.nodes if n.name in made and not n.users]:
+            self.erase_if_dead(node)
         for hook in (self._planting.fault.extra, self._planting.fault.at_close):
             if hook is not None:
                 with self._honest():
                     hook(plant)
                 plant.done = True
-        # What an altered call no longer reads must not give the fault away.
-        made = set(self._opened().added)
-        for node in [n for n in self.program.nodes if n.name in made and not n.users]:
-            self.erase_if_dead(node)
 
     @contextmanager
     def _honest(self) -> Iterator[None]:

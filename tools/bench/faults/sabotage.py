@@ -10,8 +10,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from planish.ir.execute import run
 from planish.ir.ops import is_op
 from planish.ir.program import Program
+from planish.ir.rederive import same_type
 from planish.tools.bench.faults.spec import (
     Call,
     NotPlantedError,
@@ -25,7 +27,7 @@ aten = torch.ops.aten
 CallHook = Callable[[Plant, Any, tuple[Any, ...], dict[str, Any]], Call | None]
 ConstantHook = Callable[[Plant, Tensor, str], Tensor | None]
 Candidates = Callable[[Program], list[Node]]
-Edit = Callable[[dict[str, Any]], dict[str, Any]]
+Edit = Callable[[Plant, dict[str, Any]], dict[str, Any]]  # named arguments to the changed ones
 
 
 # -- calls ----------------------------------------------------------------------------------------
@@ -43,15 +45,15 @@ def in_call(*targets: OpOverload, edit: Edit) -> CallHook:
         if target not in targets:
             return None
         named = named_arguments(target, args, kwargs)
-        changed = named | edit(dict(named))
-        if all(changed[name] is named.get(name) for name in changed):
+        changed = named | edit(plant, dict(named))
+        if changed == named:
             raise NotPlantedError(f"the arguments of {target} are such already")
         return written_arguments(target, changed)
 
     return hook
 
 
-def instead_of(old: OpOverload, new: OpOverload, edit: Edit = lambda named: named) -> CallHook:
+def instead_of(old: OpOverload, new: OpOverload, edit: Edit = lambda _, named: named) -> CallHook:
     """Call another operator; ``edit`` turns the arguments of the old one into those of the new."""
 
     def hook(
@@ -62,19 +64,28 @@ def instead_of(old: OpOverload, new: OpOverload, edit: Edit = lambda named: name
     ) -> Call | None:
         if target is not old:
             return None
-        return written_arguments(new, edit(named_arguments(target, args, kwargs)))
+        return written_arguments(new, edit(plant, named_arguments(target, args, kwargs)))
 
     return hook
 
 
 def put(**values: Any) -> Edit:  # noqa: ANN401 - whatever an operator takes
     """Set arguments."""
-    return lambda named: values
+    return lambda plant, named: values
+
+
+def through(name: str, target: OpOverload, *args: Any) -> Edit:  # noqa: ANN401
+    """Pass an argument through one more operator."""
+
+    def edit(plant: Plant, named: dict[str, Any]) -> dict[str, Any]:
+        return {name: plant.rewriter.call(target, (named[name], *args), like=plant.root)}
+
+    return edit
 
 
 def swap(a: str, b: str) -> Edit:
     """Exchange two arguments."""
-    return lambda named: {a: named[b], b: named[a]}
+    return lambda plant, named: {a: named[b], b: named[a]}
 
 
 # -- constants ------------------------------------------------------------------------------------
@@ -187,17 +198,17 @@ def edited(edit: Edit) -> Callable[[Plant], None]:
     def extra(plant: Plant) -> None:
         assert isinstance(plant.root.target, OpOverload)
         named = dict(plant.given)
-        _, args, kwargs = written_arguments(plant.root.target, named | edit(named))
+        _, args, kwargs = written_arguments(plant.root.target, named | edit(plant, named))
         plant.rewriter.set_args(plant.root, args, kwargs)
 
     return extra
 
 
-def recalled(target: OpOverload, edit: Edit = lambda named: named) -> Callable[[Plant], None]:
+def recalled(target: OpOverload, edit: Edit = lambda _, named: named) -> Callable[[Plant], None]:
     """Replace the root by a call of another operator with arguments made from its own."""
 
     def extra(plant: Plant) -> None:
-        _, args, kwargs = written_arguments(target, edit(dict(plant.given)))
+        _, args, kwargs = written_arguments(target, edit(plant, dict(plant.given)))
         new = plant.rewriter.call(target, args, kwargs, like=plant.root)
         plant.rewriter.replace(plant.root, new)
 
@@ -217,3 +228,76 @@ def recomputed(argument: str, change: Callable[[Tensor], Tensor]) -> Callable[[P
         plant.rewriter.set_args(plant.root, args, kwargs)
 
     return extra
+
+
+def followed_by(target: OpOverload, *args: Any) -> Callable[[Plant], None]:  # noqa: ANN401
+    """Let the users of the root read one more operator applied to it."""
+
+    def extra(plant: Plant) -> None:
+        plant.rewriter.insert_before(plant.root.next)
+        new = plant.rewriter.call(target, (plant.root, *args), like=plant.root)
+        plant.rewriter.replace(plant.root, new)
+
+    return extra
+
+
+def like_earlier(node: Node, program: Program) -> Node | None:
+    """An earlier node of the same operator, first operand and type, though not of the same value.
+
+    Of constants: an earlier one of the same type.
+    """
+    for other in program.nodes:
+        if other is node:
+            return None
+        if other.op != node.op or (node.op != "get_attr" and other.target is not node.target):
+            continue
+        if node.op == "get_attr":
+            same = other.target != node.target and bool(other.users)
+        else:
+            same = other.args[:1] == node.args[:1]
+        if same and "val" in node.meta and same_type(other.meta.get("val"), node.meta["val"]):
+            return other
+    return None
+
+
+def merged_with_earlier(plant: Plant) -> None:
+    """Replace the root by the earlier node that looks like it."""
+    equal = like_earlier(plant.root, plant.program)
+    if equal is None:
+        raise NotPlantedError(f"nothing looks like {plant.root.name}")
+    plant.rewriter.replace(plant.root, equal)
+
+
+def alike(*targets: Any) -> Candidates:  # noqa: ANN401
+    """Operators of some kinds that look like an earlier one."""
+    return nodes_of(*targets, where=lambda node, program: like_earlier(node, program) is not None)
+
+
+def constants_named(ends: str) -> Candidates:
+    """Reads of constants whose names end so, and that look like an earlier one."""
+    return lambda program: [
+        node
+        for node in program.graph.find_nodes(op="get_attr")
+        if str(node.target).endswith(ends) and like_earlier(node, program) is not None
+    ]
+
+
+def sample_value(node: Node, program: Program) -> Any:  # noqa: ANN401
+    """What a node computes on the first sample."""
+    found: dict[str, Any] = {}
+
+    def observe(seen: Node, value: Any) -> None:  # noqa: ANN401
+        if seen.name == node.name:
+            found[node.name] = value
+
+    run(program, program.samples[0], observe=observe)
+    return found[node.name]
+
+
+def folded_at_sample(plant: Plant) -> None:
+    """Replace the root by the constant, or the number, that it is on the sample."""
+    value = sample_value(plant.root, plant.program)
+    new = value
+    if isinstance(value, Tensor):
+        new = plant.rewriter.constant(value.clone(), "folded.sample", like=plant.root)
+    plant.rewriter.replace(plant.root, new)

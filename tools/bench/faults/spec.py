@@ -85,6 +85,7 @@ class Fault:
         inner: the pass it is planted in, as a recipe writes it.
         rule: the rule at whose site it happens.
         nth: which of the rule's sites, or of the candidates, from 1.
+        at: only of those whose node's name begins so.
         recipe: what runs.
         silent: why verification cannot see it; empty where it must.
         writes: whether it writes into the caller's tensors, which then need protection.
@@ -104,6 +105,7 @@ class Fault:
     inner: str
     rule: str
     nth: int = 1
+    at: str = ""
     recipe: str = "exact"
     silent: str = ""
     writes: bool = False

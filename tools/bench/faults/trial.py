@@ -41,6 +41,13 @@ class Trial:
     message: str = ""
 
     @property
+    def site(self) -> tuple[int, str, str]:
+        """Number, rule and node of the planted site."""
+        found = re.fullmatch(r"\S+ at site (\d+): (\S+?)@(\S+)", self.planted)
+        assert found is not None
+        return int(found[1]), found[2], found[3]
+
+    @property
     def where(self) -> str:
         """``guilty pass``, ``later`` or ``never``."""
         if self.caught is None:
@@ -71,8 +78,15 @@ class _Watch(Instrument):
         return next((s.removeprefix(MARK) for s in remarks if s.startswith(MARK)), "")
 
 
-def attempt(fault: Fault, folder: Path | None = None) -> Trial:
+def attempt(
+    fault: Fault, folder: Path | None = None, *, extra: tuple[Instrument, ...] = ()
+) -> Trial:
     """Run the fault's recipe on its model, with the fault planted, under default verification.
+
+    Args:
+        fault: what to plant.
+        folder: where captured programs are kept.
+        extra: more instruments, which see the run from further out.
 
     Raises:
         NotPlantedError: the catalogue is wrong: the fault met no site, or could not spoil it.
@@ -83,8 +97,10 @@ def attempt(fault: Fault, folder: Path | None = None) -> Trial:
     watch = _Watch()
     caught: int | None = None
     by = message = ""
+    instruments = (watch, *extra, *default_instruments())
     try:
-        run_pipeline(program, recipe, PassContext(target=TARGET), (watch, *default_instruments()))
+        with clean.symbols.restored():
+            run_pipeline(program, recipe, PassContext(target=TARGET), instruments)
     except NotPlantedError:
         raise
     except PlanishError as error:
@@ -105,7 +121,8 @@ def attempt(fault: Fault, folder: Path | None = None) -> Trial:
 
 def caught_by(error: PlanishError) -> str:
     """The verifier's rule, the comparison, or the check of the pipeline behind an error."""
-    rule = re.search(r"rule ([\w-]+): ", error.what) if _is_verifier(error) else None
+    verifier = isinstance(error, VerificationError)
+    rule = re.search(r"rule ([\w-]+): ", error.what) if verifier else None
     if rule:
         return f"rule {rule[1]}"
     for text, name in (
@@ -119,7 +136,3 @@ def caught_by(error: PlanishError) -> str:
         if re.search(text, error.what):
             return name
     return f"{type(error).__name__}: {error.what.splitlines()[0][:60]}"
-
-
-def _is_verifier(error: PlanishError) -> bool:
-    return isinstance(error, VerificationError)
