@@ -178,7 +178,7 @@ def tensor(value: Tensor) -> str | None:
         (torch.ones, "torch.ones"),
         (pattern, "pattern"),
     ):
-        if (value.numel() > 1 or not value.dim()) and _gives(value, make, shape, dtype):
+        if (value.numel() != 1 or not value.dim()) and _gives(value, make, shape, dtype):
             return f"{text}({shape!r}, dtype={dtype})"
     if value.numel() > _INLINE:
         return None

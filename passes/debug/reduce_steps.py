@@ -21,7 +21,8 @@ from planish.ir.errors import PassError
 from planish.ir.infer import fake_constant, infer_node
 from planish.ir.ops import is_pure_call
 from planish.ir.program import Program
-from planish.passes.debug.subgraph import assembled, untold
+from planish.passes.debug.subgraph import assembled
+from planish.passes.debug.subgraph_sizes import untold
 
 # What pattern values repeat after; prime, so that rows of a matrix differ.
 _PERIOD = 17
@@ -66,8 +67,11 @@ def static(program: Program) -> Program | None:
                 mapping[node] = _static_call(new, node, mapping)
     except PassError:
         return None  # an operator that only knows symbolic sizes
-    results = (mapping[n] for n in program.results if isinstance(n, Node))
-    graph.output(tuple(n for n in results if _is_tensor(n)))
+    results = [mapping[n] for n in program.results if isinstance(n, Node)]
+    tensors = tuple(n for n in results if _is_tensor(n))
+    if not tensors:
+        return None
+    graph.output(tensors)
     return assembled(program, graph, program.constants, (tuple(sample),))
 
 

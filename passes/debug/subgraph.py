@@ -13,17 +13,18 @@ with the operators that make it (``closure``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import SymBool, SymFloat, SymInt, Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from planish.ir.program import Constant, Program, Signature
+from planish.passes.debug.subgraph_sizes import plain_symbols, symbols_of, untold_by
 
 aten = torch.ops.aten
 
@@ -53,15 +54,21 @@ def can_cut(node: Node, user: Node) -> bool:
         isinstance(value, Tensor)
         and value.layout is torch.strided
         and user.target not in _READS_MEMORY
-        and not any(symbol_is_type(s, SymT.UNBACKED_INT) for s in _symbols(value))
+        and not any(symbol_is_type(s, SymT.UNBACKED_INT) for s in symbols_of(value))
     )
 
 
 def closure(program: Program, keep: Set[str]) -> frozenset[str]:
-    """The named operators, and those whose values they need and cannot get as inputs."""
-    kept: set[str] = set()
+    """The named operators, and those whose values they need and cannot get as inputs.
+
+    An operator that gives a tuple brings one that reads it, since a tuple is no output.
+    """
+    kept = set(keep)
+    for node in program.operators:
+        if node.name in keep and node.users and not _is_read(node, keep):
+            kept.add(next(iter(node.users)).name)
     for node in reversed(program.operators):
-        if node.name in keep or any(
+        if any(
             user.name in kept and not can_cut(node, user)
             for user in node.users
             if user.op == "call_function"
@@ -71,18 +78,26 @@ def closure(program: Program, keep: Set[str]) -> frozenset[str]:
 
 
 def without(program: Program, keep: Set[str], drop: Set[str]) -> frozenset[str]:
-    """The named operators less some, and less those that cannot do without these."""
-    gone = set(drop)
+    """The named operators less some, less those that cannot do without these or only serve them."""
+    left = set(keep - drop)
     for node in program.operators:
-        if node.name in gone or node.name not in keep:
-            continue
         if any(
-            o.name in gone and not can_cut(o, node)
+            o.name not in left and not can_cut(o, node)
             for o in node.all_input_nodes
             if o.op == "call_function"
         ):
-            gone.add(node.name)
-    return frozenset(keep) - gone
+            left.discard(node.name)
+    for node in reversed(program.operators):
+        if node.name in left and node.users and not _is_read(node, left):
+            left.remove(node.name)
+    return frozenset(left)
+
+
+def _is_read(node: Node, kept: Set[str]) -> bool:
+    """Whether a kept operator, or the outside, can read what a node gives."""
+    if not isinstance(node.meta.get("val"), (tuple, list)):
+        return True
+    return any(user.name in kept for user in node.users)
 
 
 def induced(program: Program, keep: Set[str], values: Values) -> Program:
@@ -131,7 +146,7 @@ def assembled(
     """A program over flat tuples, with the names of the graph and the dimensions of ``origin``."""
     inputs = tuple(n.name for n in graph.find_nodes(op="placeholder"))
     results: tuple[Node, ...] = tuple(graph.output_node().args[0])  # type: ignore[arg-type]
-    symbols = {str(s) for n in graph.nodes for s in _symbols(n.meta.get("val"))}
+    symbols = {str(s) for n in graph.nodes for s in symbols_of(n.meta.get("val"))}
     signature = Signature(
         parameters=inputs,
         positional=len(inputs),
@@ -160,16 +175,23 @@ def _output_names(results: tuple[Node, ...], inputs: tuple[str, ...]) -> tuple[s
 
 
 def _border(program: Program, kept: frozenset[str]) -> tuple[set[Node], list[Node]]:
-    """All values the kept operators read, and the tensors they give to the outside."""
+    """All values the kept operators read, and the tensors they give to the outside.
+
+    Where there is no such tensor, what none of them reads: a program has something to say.
+    """
     read: set[Node] = set()
     outputs: list[Node] = []
+    ends: list[Node] = []
     for node in program.operators:
         if node.name in kept:
             read.update(node.all_input_nodes)
-            outside = any(user.name not in kept for user in node.users)
-            if outside and isinstance(node.meta.get("val"), Tensor):
+            value = node.meta.get("val")
+            users = [user.name in kept for user in node.users]
+            if isinstance(value, Tensor) and not all(users):
                 outputs.append(node)
-    return read, outputs
+            if isinstance(value, (Tensor, int, float, SymInt, SymFloat)) and not any(users):
+                ends.append(node)
+    return read, outputs or ends
 
 
 def _input(graph: Graph, node: Node, value: object) -> Node:
@@ -195,52 +217,11 @@ def _witnesses(
 ) -> set[Node]:
     """Inputs of the whole program that tell a size which the new inputs would leave open."""
     inputs = [*(n for n in program.placeholders if n in read), *cut]
-    needed = _untold(inputs, [n for n in program.operators if n.name in kept])
+    needed = untold_by(inputs, [n for n in program.operators if n.name in kept])
     found: set[Node] = set()
     for node in program.placeholders:
-        told = needed & set(_plain_symbols(node.meta.get("val")))
+        told = needed & set(plain_symbols(node.meta.get("val")))
         if told:
             found.add(node)
             needed -= told
     return found
-
-
-def untold(program: Program) -> set[Any]:
-    """Dynamic sizes (symbols of sympy) that no input has as a size of its own."""
-    return _untold(program.placeholders, program.operators)
-
-
-def _untold(inputs: Iterable[Node], operators: Iterable[Node]) -> set[Any]:
-    inputs = list(inputs)
-    needed = {
-        s
-        for node in [*inputs, *operators]
-        for s in _symbols(node.meta.get("val"))
-        if not symbol_is_type(s, SymT.UNBACKED_INT)
-    }
-    for node in inputs:
-        needed -= set(_plain_symbols(node.meta.get("val")))
-    return needed
-
-
-def _sizes(value: object) -> Iterator[SymInt | SymFloat | SymBool]:
-    """The symbolic numbers in a type."""
-    if isinstance(value, Tensor):
-        sizes: tuple[object, ...] = tuple(value.shape)  # declared as ints, but symbolic ones occur
-        yield from (size for size in sizes if isinstance(size, SymInt))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _sizes(item)
-    elif isinstance(value, (SymInt, SymFloat, SymBool)):
-        yield value
-
-
-def _symbols(value: object) -> Iterator[Any]:
-    """The symbols (of sympy) in a type."""
-    for size in _sizes(value):
-        yield from size.node.expr.free_symbols
-
-
-def _plain_symbols(value: object) -> Iterator[Any]:
-    """The symbols that are a size of their own in a type."""
-    return (size.node.expr for size in _sizes(value) if size.node.expr.is_Symbol)
