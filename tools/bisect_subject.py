@@ -105,7 +105,14 @@ class Wish:
         loaded = load_model(self.model)
         program = optimize_loaded(loaded, stage, recipe="none", target=target).program
         batches = None
-        remarks: list[str] = []
+        remarks = [
+            f"the recipe names its own {name}, {own!r}; it was taken instead of {given!r}"
+            for name, own, given in (
+                ("target", recipe.target, self.target or recipe.target),
+                ("seed", recipe.seed, self.seed or recipe.seed),
+            )
+            if own != given
+        ]
         if self.calibration is not None:
             stage("reading the calibration data")
             given = import_callable(self.calibration)()

@@ -111,6 +111,16 @@ def test_the_default_recipe_is_exact(planish_: Call) -> None:
     assert not facts["found"]
 
 
+def test_what_the_recipe_overrules_is_told(planish_: Call) -> None:
+    recipe = f"target=onnx,seed=3,{DAMAGE}"
+    arguments = ("bisect", MODEL, "--recipe", recipe, "--max-abs", "1", "--quiet")
+    _, out, _ = planish_(*arguments, "--target", "onnxruntime-cpu", "--seed", "4")
+    own = "remark: the recipe names its own"
+    assert f"{own} target, 'onnx'; it was taken instead of 'onnxruntime-cpu'" in out
+    assert f"{own} seed, 3; it was taken instead of 4" in out
+    assert "remark" not in planish_(*arguments)[1]
+
+
 def test_json_is_json_alone(planish_: Call) -> None:
     arguments = ("bisect", MODEL, "--recipe", RECIPE, "--max-abs", "0.1", "--json", "--quiet")
     code, out, _ = planish_(*arguments)
