@@ -49,7 +49,8 @@ def diff(
     A and B are anything that MODEL may be; typically programs that --dump-dir wrote. Both are
     printed with the numbers that values have in A, so an unchanged operator is an unchanged line;
     what only B has is numbered from where A ends. A constant with other values is shown with a
-    digest of them. The exit code is 0 if there is no difference, and 1 if there is one.
+    digest of them. The exit code is 0 if there is no difference, 1 if there is one, and 2 or more
+    if A or B cannot be opened.
 
     \b
     Examples:
@@ -74,11 +75,20 @@ def diff(
 
 
 def _program(spec: str, stage: Stages, seed: int) -> Program:
+    from planish.ir.errors import PlanishError, UsageError
     from planish.tools.loading import load_model
 
     stage("loading")
-    loaded = load_model(spec)
-    return optimize_loaded(loaded, stage, recipe="none", target="onnx", seed=seed).program
+    try:
+        loaded = load_model(spec)
+        return optimize_loaded(loaded, stage, recipe="none", target="onnx", seed=seed).program
+    except PlanishError as error:
+        if error.exit_code != 1:
+            raise
+        # As with diff(1), 1 says that the programs differ, so trouble must say something else.
+        raise UsageError(
+            f"{spec} cannot be compared: {error.what}", where=error.where, hint=error.hint
+        ) from error
 
 
 def to_dict(found: TextDiff) -> dict[str, object]:

@@ -57,7 +57,11 @@ _OPTIONS = (
         metavar="N",
         help="Rewrite the first N sites of the whole run and no more.",
     ),
-    click.option("--timing", is_flag=True, help="A table of every step's seconds (stderr)."),
+    click.option(
+        "--timing",
+        is_flag=True,
+        help="Table (stderr) of seconds per step: the pass; all checks, prints and dumps.",
+    ),
 )
 
 

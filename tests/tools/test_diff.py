@@ -167,6 +167,7 @@ def test_wrong_calls_are_refused(planish_: Call, folder: Path) -> None:
         ((path, "missing.pt2"), "missing.pt2"),
         ((path, path, "--context", "-1"), "not in the range"),
         ((path, "model.onnx"), ".onnx file; a model is needed"),
+        ((path, "tests.support.tiny:branch"), "tests.support.tiny:branch cannot be compared"),
     ):
         code, out, err = planish_("diff", *arguments)
         assert (code, out) == (2, "")
