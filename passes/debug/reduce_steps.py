@@ -6,7 +6,7 @@ if the failure it is after is still there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -141,18 +141,21 @@ def plainer_constants(program: Program, name: str) -> Iterator[Program]:
     """
     value = program.constants[name]
     if isinstance(value, Tensor):
-        for plain in _plainer(value):
+        for plain in _plainer(value, (torch.zeros, torch.ones, pattern)):
             new = program.clone()
             new.constants[name] = plain
             yield new
 
 
 def plainer_samples(program: Program, number: int, position: int) -> Iterator[Program]:
-    """The program with a sample input of zeros, of ones, or of ``pattern`` values."""
+    """The program with a sample input of ``pattern`` values, of zeros, or of ones.
+
+    In this order, since little shows on zeros, and the second probe is drawn from the sample.
+    """
     sample = program.samples[number]
     value = sample[position]
     if isinstance(value, Tensor):
-        for plain in _plainer(value):
+        for plain in _plainer(value, (pattern, torch.zeros, torch.ones)):
             changed = (*sample[:position], plain, *sample[position + 1 :])
             rows = (*program.samples[:number], changed, *program.samples[number + 1 :])
             new = program.clone()
@@ -160,11 +163,11 @@ def plainer_samples(program: Program, number: int, position: int) -> Iterator[Pr
             yield new
 
 
-def _plainer(value: Tensor) -> Iterator[Tensor]:
+def _plainer(value: Tensor, makers: Sequence[Callable[..., Tensor]]) -> Iterator[Tensor]:
     if value.layout is not torch.strided or value.numel() == 0:
         return
     shape, dtype = tuple(value.shape), value.dtype
-    for make in (torch.zeros, torch.ones, pattern):
+    for make in makers:
         try:
             plain = make(shape, dtype=dtype)
         except RuntimeError:  # rare element types cannot be filled
