@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from planish.ir.changes import site_key
 from planish.ir.errors import PlanishError, source_line
 from planish.ir.program import Program
-from planish.passes.debug.bisect_runs import State, outcome, same_outcome
+from planish.passes.debug.bisect_runs import Attempt, State, outcome, same_outcome
 from planish.passes.debug.bisect_search import search
 from planish.passes.debug.bisect_task import Task
 from planish.passes.pipeline import OUTSIDE
@@ -58,8 +58,7 @@ def site_level(task: Task, state: State) -> Culprit:
         errors[number] = run.error
         what = f"with {point} of {len(numbers)} sites of {name}"
         if point:
-            rule, node = run.sites.log[number]
-            what += f", up to {number} ({site_key(rule, node) if rule else OUTSIDE})"
+            what += f", up to {number} ({_site_text(run, number)})"
         task.working(f"site: {what}")
         verdict = task.verdict(run.error, outcome(run, state.before))
         allowed = task.allowed(len(numbers))
@@ -81,11 +80,18 @@ def site_level(task: Task, state: State) -> Culprit:
     return whole
 
 
+def _site_text(run: Attempt, number: int) -> str:
+    if number not in run.sites.log:
+        return "it did not come up again"  # the pass is not deterministic
+    rule, node = run.sites.log[number]
+    return site_key(rule, node) if rule else OUTSIDE
+
+
 def _culprit(task: Task, state: State, number: int, symptom: str) -> Culprit:
     """All about the site that was found."""
     below, run = (task.rerun(state, limit, watched=False) for limit in (number - 1, number))
     before = outcome(below, state.before)
-    rule, node = run.sites.log[number]
+    rule, node = run.sites.log.get(number, (None, None))
     made = run.states[-1].change(number) if run.states else None
     if made is not None:  # an edit outside of the rewriter asks for its number namelessly
         rule, node = made.rule, made.node

@@ -249,6 +249,28 @@ def test_a_pass_that_does_not_repeat_itself_is_told() -> None:
     assert any("gave another result when it ran again" in remark for remark in found.remarks)
 
 
+def test_a_pass_that_asks_for_fewer_sites_each_time_is_told() -> None:
+    runs: list[int] = []
+
+    def shrinking(program: Program, context: PassContext) -> PassResult:
+        runs.append(1)
+        wrong = (5 - len(runs),) if len(runs) < 6 else (0,)
+        return Damage(at=wrong, only=True).run(program, context)
+
+    def twice(program: Program, context: PassContext) -> PassResult:
+        first = shrinking(program, context)
+        if len(runs) > 2:
+            return first
+        second = Damage(at=(0,), only=True).run(first.program, context)
+        return PassResult(second.program, first.changes + second.changes)
+
+    found = bisect(chain(6), Recipe((calling(twice),)), MaxAbs(1e-3))
+    assert found.step == 1
+    assert any("another result" in remark for remark in found.remarks)
+    assert any("did not come up again" in e.text for e in found.evaluations)
+    sound(found)
+
+
 @pytest.mark.parametrize("how", ["scale", "crash", "type"])
 def test_the_program_is_left_as_it_was(how: How) -> None:
     program = chain(3)
