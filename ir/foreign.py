@@ -251,16 +251,21 @@ def _to_own(data: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON
     if name is None:
         return None
     children = [_to_own(child) for child in data["children_spec"]]
-    context = json.loads(data["context"]) if data["context"] else None
+    context = _context(data["context"])
     if name in ("builtins.tuple", "builtins.list"):
         return {"kind": name.removeprefix("builtins."), "context": None, "children": children}
     if name in ("builtins.dict", "collections.OrderedDict"):
         kind = name.rpartition(".")[2]
         return {"kind": kind, "context": {"list": context}, "children": children}
+    if name == "collections.defaultdict":
+        keyed = [context["default_factory_name"], {"list": context["dict_context"]}]
+        return {"kind": "defaultdict", "context": keyed, "children": children}
     if name == "collections.namedtuple":
         cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(str(context))
-        keys = list(cls._fields) if cls is not None else [str(i) for i in range(len(children))]
-        return {"kind": "namedtuple", "class": str(context), "keys": keys, "children": children}
+        if cls is not None:
+            named = {"class": f"{cls.__module__}:{cls.__qualname__}", "keys": list(cls._fields)}
+            return {"kind": "namedtuple", **named, "children": children}
+        name, context = str(context), None  # the file holds no field names
     cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name)
     qualified = f"{cls.__module__}:{cls.__qualname__}" if cls is not None else name
     keys = _keys(context, len(children))
@@ -271,6 +276,17 @@ def _to_own(data: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON
         "keys": keys,
         "children": children,
     }
+
+
+def _context(raw: Any) -> Any:  # noqa: ANN401 - any JSON
+    """What a class keeps beside its children: JSON in a string, or as its own writer left it.
+
+    That of a namedtuple is its bare name, that of a defaultdict an object.
+    """
+    try:
+        return json.loads(raw) if isinstance(raw, str) and raw else raw
+    except json.JSONDecodeError:
+        return raw
 
 
 def _encoded(value: Any) -> Any:  # noqa: ANN401 - any JSON

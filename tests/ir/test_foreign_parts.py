@@ -1,0 +1,187 @@
+"""The parts of a foreign file, one by one: its pickle's opcodes, its tensors, its structures."""
+
+import io
+import zipfile
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from planish.ir import foreign as reader
+from planish.ir import load
+from planish.ir.errors import UnsupportedError, UsageError
+from planish.ir.foreign import check_pickle
+from tests.support.foreign import Small, edited, exported_file
+
+
+def torch_archive(*pickles: bytes, packed: bool = False) -> bytes:
+    """A ``torch.save`` archive around any number of pickles."""
+    buffer = io.BytesIO()
+    how = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(buffer, "w", how) as archive:
+        archive.writestr("archive/version", "3\n")
+        for number, content in enumerate(pickles):
+            archive.writestr(f"archive/data{number or ''}.pkl", content)
+    return buffer.getvalue()
+
+
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+# -- what a pickle may hold -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    ],
+)
+def test_tensors_of_every_type_pass(dtype: torch.dtype) -> None:
+    tensor = torch.zeros(2, 3).to(dtype)
+    check_pickle(saved(((tensor, nn.Parameter(torch.ones(1)), 3, None), {"x": [tensor.t()]})), "it")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "says"),
+    [
+        (b"cposix\nsystem\n.", "it name 'posix system'"),
+        (b"(S'x'\niposix\nsystem\n.", "it name 'posix system'"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "it use STACK_GLOBAL"),
+        (b"\x80\x02\x82\x01.", "it use EXT1"),
+        (b"\x80\x02\x83\x01\x00.", "it use EXT2"),
+        (b"\x80\x02\x84\x01\x00\x00\x00.", "it use EXT4"),
+        (b"(ctorch\nSize\no.", "it use OBJ"),
+        (b"\x80\x02ctorch\nSize\n)\x81.", "it use NEWOBJ"),
+        (b"\x80\x04ctorch\nSize\n)}\x92.", "it use NEWOBJ_EX"),
+        (b"\xff\xff", "it cannot be decoded"),
+        (b"", "it cannot be decoded"),
+    ],
+)
+def test_what_could_run_code_is_refused_before_it_is_read(pickled: bytes, says: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        check_pickle(torch_archive(pickled), "it")
+    assert caught.value.what.startswith(says)
+    assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize(
+    "payload", [torch_archive(), torch_archive(b"N.", b"N."), torch_archive(b"N.", packed=True)]
+)
+def test_only_one_unpacked_pickle_is_looked_at(payload: bytes) -> None:
+    check_pickle(torch_archive(b"N."), "it")
+    with pytest.raises(UnsupportedError, match=r"it are not one torch\.save archive"):
+        check_pickle(payload, "it")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported_file(tmp_path_factory.mktemp("foreign"))
+
+
+def with_samples(path: Path, folder: Path, payload: bytes) -> Path:
+    def edit(entries: dict[str, bytes]) -> None:
+        root = next(iter(entries)).partition("/")[0]
+        entries[f"{root}/data/sample_inputs/model.pt"] = payload
+
+    return edited(path, folder, edit)
+
+
+def test_torch_reads_samples_by_its_restricted_reader_whatever_the_check_let_pass(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second wall stands also where the first has a hole."""
+    bomb = f"cposix\nsystem\n(S'touch {tmp_path / 'ran'}'\ntR.".encode()
+    path = with_samples(foreign, tmp_path, torch_archive(bomb))
+    monkeypatch.setattr(reader, "check_pickle", lambda payload, what: None)
+    with pytest.raises(UsageError, match="its sample inputs: "):
+        load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+# -- structures -----------------------------------------------------------------------------------
+
+Pair = namedtuple("Pair", ["first", "second"])
+torch.utils._pytree._register_namedtuple(Pair, serialized_type_name="tests.Pair")
+
+
+def ordered(x: Tensor) -> Any:
+    return OrderedDict([("b", x + 1), ("a", x + 2)])
+
+
+RESULTS: dict[str, Callable[[Tensor], Any]] = {
+    "list": lambda x: [x + 1, x + 2],
+    "tuple": lambda x: (x + 1, (x + 2,)),
+    "dict": lambda x: {"b": x + 1, "a": x + 2},
+    "ordered": ordered,
+    "default": lambda x: defaultdict(list, {"b": x + 1, "a": x + 2}),
+    "named": lambda x: Pair(x + 1, [x + 2]),
+}
+
+
+@pytest.mark.parametrize("kind", list(RESULTS))
+def test_a_result_comes_back_in_its_structure(kind: str, tmp_path: Path) -> None:
+    class Result(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return RESULTS[kind](x)
+
+    path = tmp_path / "p.pt2"
+    torch.export.save(torch.export.export(Result().eval(), (torch.zeros(2),)), path)
+    program = load(path)
+    expected, found = RESULTS[kind](torch.ones(2)), program(torch.ones(2))
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+    leaves = torch.utils._pytree.tree_leaves
+    assert [v.tolist() for v in leaves(found)] == [v.tolist() for v in leaves(expected)]
+    assert program.remarks == ()
+
+
+def test_a_namedtuple_that_nobody_registered_becomes_a_dict_by_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Result(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return Pair(x + 1, x + 2)
+
+    path = tmp_path / "p.pt2"
+    torch.export.save(torch.export.export(Result().eval(), (torch.zeros(2),)), path)
+    known = torch.utils._pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE
+    monkeypatch.delitem(known, "tests.Pair")
+    program = load(path)
+    found = program(torch.ones(2))
+    assert {key: v.tolist() for key, v in found.items()} == {"0": [2.0, 2.0], "1": [3.0, 3.0]}
+    assert "tests.Pair is not known" in program.remarks[-1]
+
+
+def test_a_file_without_samples_is_refused_with_a_hint(foreign: Path, tmp_path: Path) -> None:
+    for payload in (b"", saved(None)):
+        with pytest.raises(Exception, match="carries no example inputs"):
+            load(with_samples(foreign, tmp_path, payload))
+
+
+def test_samples_are_taken_as_they_were(foreign: Path, tmp_path: Path) -> None:
+    x = torch.arange(10.0).reshape(5, 2)
+    program = load(with_samples(foreign, tmp_path, saved(((x,), {}))))
+    assert torch.equal(program.samples[0][0], x)
+    torch.manual_seed(0)
+    expected = Small().eval()(x)
+    assert torch.equal(program(x)["y"], expected["y"])
