@@ -214,8 +214,8 @@ RELU = "torch.ops.aten.relu.default"
 
 def test_only_what_tells_the_source_is_kept_of_a_nodes_metadata() -> None:
     kept = {"stack_trace": "s", "nn_module_stack": "m", "torch_fn": "f"}
-    inner = {"target": RELU, "metadata": {**kept, "custom": "c"}}
-    bare = {"target": RELU}
+    inner: dict[str, Any] = {"target": RELU, "metadata": {**kept, "custom": "c"}}
+    bare: dict[str, Any] = {"target": RELU}
     data = graph(inner, bare, inputs=[{"as_graph": graph(dict(inner))["graph_module"]}])
     check_graph(data)
     body = data["graph_module"]["graph"]["inputs"][0]["as_graph"]["graph"]["nodes"][0]
