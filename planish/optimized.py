@@ -171,3 +171,6 @@ class Optimized:
         )
         if artifact.target == self.recipe.target:
             self.recipe = replace(self.recipe, choices=dict(artifact.choices))
+            self.report = replace(
+                self.report, recipe=str(self.recipe), recipe_yaml=self.recipe.to_yaml()
+            )

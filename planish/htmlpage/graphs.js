@@ -177,7 +177,7 @@ function setColor(color) {
 const changedGroup = (group_) =>
   chosen.pass === null
     ? group_.counts.kept < group_.size
-    : leavesOf(group_).some((node) => SIDES.some((side) => sides[side].byName.get(node.name) === node && inChosen(node)));
+    : leavesOf(group_).some((node) => SIDES.some((side) => sides[side].byName.get(node.name) === node && concerned(node, side)));
 
 function openWhere(wanted) {
   const trees = SIDES.map((side) => sides[side].tree);
@@ -261,9 +261,11 @@ function nodesIn(item, side) {
   return nodesOf.get(item);
 }
 
-function inChosen(node) {
+// Whether the chosen pass has anything to say of a node, of what it reads, or of what stands for it.
+function concerned(node, side) {
   const touches = (rows) => (rows || []).some((row) => row.pass === chosen.pass);
-  return [CHANGES_AT, REFUSALS_AT, ERRORS_AT].some((table_) => touches(table_.get(node.name)));
+  const named = (name) => [CHANGES_AT, REFUSALS_AT, ERRORS_AT].some((index) => touches(index.get(name)));
+  return withConstants(node, side).some((one) => named(one.name)) || node.partners.some(named);
 }
 
 // A constant that is not drawn counts for the node that reads it.
@@ -310,7 +312,7 @@ function handlersOf(side) {
         nodes.some(isSelected) && "selected",
         nodes.some(isPartner) && "partner",
         !item.isGroup && REFUSALS_AT.has(item.name) && "declined",
-        chosen.pass !== null && !nodes.some((node) => withConstants(node, side).some(inChosen)) && "dim-box",
+        chosen.pass !== null && !nodes.some((node) => concerned(node, side)) && "dim-box",
       ].filter(Boolean).join(" ");
     },
     title: (item) => {

@@ -17,9 +17,12 @@ function drawNav() {
     SECTIONS.map(([id, title]) => [id, h("a", { href: `#${id}` }, title)]),
   );
   clear($("links"), [...links.values()].map((link) => h("li", {}, link)));
+  const seen = new Set();
   const watcher = new IntersectionObserver(
     (entries) => {
-      for (const entry of entries) links.get(entry.target.id).classList.toggle("here", entry.isIntersecting);
+      for (const { target, isIntersecting } of entries) seen[isIntersecting ? "add" : "delete"](target.id);
+      const first = SECTIONS.map(([id]) => id).find((id) => seen.has(id));
+      for (const [id, link] of links) link.classList.toggle("here", id === first);
     },
     { rootMargin: "-20% 0px -60% 0px" },
   );

@@ -86,7 +86,7 @@ function drawAccuracy() {
     },
     sourceColumn,
   ];
-  const made = table({ id: "accuracy", rows: ERRORS, columns, label: "nodes", sorted: 4, descending: true, empty: "" });
+  const made = table({ id: "accuracy", rows: ERRORS, columns, label: "nodes", sorted: 4, descending: true });
   section.append(h("p", { class: "hint" }, "SQNR of every value that a lossy pass rewrote; the worst rewrites first."), made.element);
 }
 
@@ -118,13 +118,18 @@ function drawChanges() {
     },
     sourceColumn,
   ];
-  $("changes").append(table({ id: "changes", rows: CHANGES, columns, label: "changes", empty: "No pass changed anything." }).element);
+  if (!CHANGES.length) $("changes").append(h("p", { class: "none" }, "No pass changed anything."));
+  else $("changes").append(table({ id: "changes", rows: CHANGES, columns, label: "changes" }).element);
 }
 
 const errorText = (error) =>
   h("span", { class: "dim" }, ` ${Object.entries(error).map(([key, value]) => `${key} ${value}`).join(", ")}`);
 
 function drawRefusals() {
+  if (!REFUSALS.length) {
+    $("refusals").append(h("p", { class: "none" }, "No rule declined anywhere."));
+    return;
+  }
   const columns = [
     passColumn,
     ruleColumn,
@@ -137,7 +142,7 @@ function drawRefusals() {
     { title: "reason", cell: (row) => row.value.reason, sort: (row) => row.value.reason, text: (row) => row.value.reason },
     sourceColumn,
   ];
-  const made = table({ id: "refusals", rows: REFUSALS, columns, label: "refusals", empty: "No rule declined anywhere." });
+  const made = table({ id: "refusals", rows: REFUSALS, columns, label: "refusals" });
   const reasons = h("ul", { class: "reasons", id: "reasons" });
   let picked = null;
   made.view.extra = (row) => picked === null || row.value.reason === picked;
@@ -172,9 +177,11 @@ function drawRefusals() {
   onPass(draw);
   draw();
   made.draw();
-  if (REFUSALS.length) $("refusals").append(h("p", { class: "hint" }, "By reason; choose one to see its nodes."), reasons);
-  $("refusals").append(made.element);
+  const hint = h("p", { class: "hint" }, "By reason; choose one to see its nodes.");
+  $("refusals").append(hint, reasons, made.element);
 }
+
+const RUNTIME_LABELS = { bytes: "size of the file", path: "file", max_abs: "largest difference" };
 
 function drawRuntime() {
   const section = $("runtime");
@@ -187,7 +194,7 @@ function drawRuntime() {
   const most = Math.max(1, ...operators.map(([, times]) => times));
   const facts = Object.entries(runtime).filter(([key]) => key !== "operators" && key !== "notes");
   section.append(
-    h("dl", { class: "facts-list" }, facts.map(([key, value]) => [h("dt", {}, key.replaceAll("_", " ")), h("dd", {}, plainValue(value, ["runtime", key]))])),
+    h("dl", { class: "facts-list" }, facts.map(([key, value]) => [h("dt", {}, RUNTIME_LABELS[key] || key.replaceAll("_", " ")), h("dd", {}, plainValue(value, ["runtime", key]))])),
     (runtime.notes || []).length > 0 && h("ul", { class: "remarks" }, runtime.notes.map((text) => h("li", {}, text))) || "",
     h(
       "ul",

@@ -4,11 +4,17 @@ function drawHeader() {
   const name = DATA.model || "a model";
   $("model").textContent = name;
   document.title = `${name} \u2013 planish report`;
-  const version = DATA.versions && DATA.versions.planish;
+  const version = DATA.versions.planish;
+  const button = h(
+    "button",
+    { type: "button", class: "link", onclick: () => copy(DATA.recipe, button, $("recipe-text")) },
+    "Copy the recipe",
+  );
   clear($("facts"), [
     h("span", {}, "for ", h("strong", {}, DATA.target)),
     h("span", {}, "seed ", number(["seed"], "plain")),
     version && h("span", {}, `planish ${version}`),
+    button,
   ]);
 }
 

@@ -4,7 +4,7 @@ const PAGE_ROWS = 100;
 
 // columns: {title, cell(row) -> node or text, sort(row) -> number or string, text(row) -> string,
 //           align, hint}. A row is shown if it is in the chosen pass and holds all typed words.
-function table({ id, rows, columns, label, sorted = null, descending = false, empty }) {
+function table({ id, rows, columns, label, sorted = null, descending = false }) {
   const view = { shown: PAGE_ROWS, sorted, descending, words: [], extra: () => true };
   const words = (row) =>
     (row.words ??= columns
@@ -78,7 +78,7 @@ function table({ id, rows, columns, label, sorted = null, descending = false, em
       ),
     );
     if (!found.length) {
-      const why = rows.length ? "Nothing matches the filter." : empty;
+      const why = "Nothing matches the filter.";
       body.append(h("tr", {}, h("td", { class: "none", colspan: columns.length }, why)));
     }
     tally.textContent =

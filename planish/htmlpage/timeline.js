@@ -120,7 +120,7 @@ function timelineRows(index, slowest) {
     h("td", { class: "right" }, trend(bytesBefore(index), entry.bytes), number([...path, "bytes"], "bytes")),
     h("td", { class: "right" }, number([...path, "macs"], "prefixed")),
   );
-  return selected ? [row, passDetails(entry)] : [row];
+  return selected ? [row, passDetails(entry, index)] : [row];
 }
 
 const badge = (text) =>
@@ -133,7 +133,14 @@ function trend(before, after) {
   return h("span", { class: less ? "good" : "bad", title }, less ? "\u25be " : "\u25b4 ");
 }
 
-function passDetails(entry) {
+// All that was measured of the outputs, in one line.
+function fidelityLine(path) {
+  const rest = [["cosine", "cosine"], ["rel_l2", "small"], ["max_abs", "small"]];
+  const labels = { cosine: "cosine", rel_l2: "relative L2", max_abs: "largest difference" };
+  return ["SQNR ", sqnr(path), rest.map(([key, how]) => [`, ${labels[key]} `, number([...path, key], how)])];
+}
+
+function passDetails(entry, index) {
   const rules = new Map();
   for (const change of entry.changes) rules.set(change.rule, (rules.get(change.rule) || 0) + 1);
   return h(
@@ -156,6 +163,10 @@ function passDetails(entry) {
             [...rules].map(([rule, times]) => h("span", { class: "tag" }, `${rule} \u00d7 ${times}`)),
           ),
         ],
+        [["fidelity", "local error"], ["cumulative", "cumulative"]].map(
+          ([key, label]) =>
+            entry[key] && [h("dt", {}, label), h("dd", {}, fidelityLine(["passes", index, key]))],
+        ),
         entry.remarks.map((text) => [h("dt", {}, "remark"), h("dd", {}, text)]),
       ),
     ),
