@@ -31,8 +31,10 @@ from planish.ir.program import Program
 # An additive mask holds zeros and numbers below this, usually the lowest of its type.
 _MASKED_BELOW = -1e3
 
-# From here on, half of the sample's size is still a good probe, and cheaper than one more.
+# From here on, half of the sample's size is still a good probe, and cheaper than one more; so is a
+# quarter of one so large that a quarter is large as well.
 _LARGE = 16
+_HUGE = 128
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def _second_sizes(program: Program, sample: int, *, together: bool, double: bool
     chosen: dict[str, int] = {}
     for symbol, size in _sample_sizes(program, sample).items():
         low, high = program.signature.ranges.get(symbol, (0, None))
-        wish = 2 * size if double else size // 2 if size >= _LARGE else size + 1
+        part = 4 if size >= _HUGE else 2
+        wish = 2 * size if double else size // part if size >= _LARGE else size + 1
         near = [wish, *range(size + 1, size + 9), *range(size - 1, max(size - 9, 1), -1), 2]
         legal = [n for n in [*near, low, low + 1] if low <= n and (high is None or n <= high)]
         other = [n for n in legal if n != size]

@@ -26,6 +26,14 @@ def test_memory_counts_from_its_making_to_its_end() -> None:
     assert (live.now, live.peak) == (0, 1200)
 
 
+def test_a_tensor_laid_over_memory_that_was_there_makes_none() -> None:
+    given = torch.zeros(100)
+    with LiveBytes() as live:
+        over = torch.empty(0).set_(given.untyped_storage())
+    assert over.numel() == 100
+    assert live.made == 0
+
+
 def test_fake_and_empty_tensors_have_no_memory() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -37,7 +37,9 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - whatever the operator gives
         """Run an operator and count what it made."""
-        given = {_address(t) for t in tree_leaves((args, kwargs)) if _real(t)}
+        leaves = tree_leaves((args, kwargs))
+        given = {_address(t) for t in leaves if _real(t)}
+        given |= {s._cdata for s in leaves if isinstance(s, torch.UntypedStorage)}
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if _real(value) and _address(value) not in given:
