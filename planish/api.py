@@ -124,12 +124,8 @@ def optimize(
     seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
     answers = compare.answers if compare is not None else None
     answers = answers or _answers(program, finished.program)
-    report = replace(
-        _report(program, finished, resolved, target, seed, seconds, remarks, answers),
-        model=type(model).__name__,
-        recipe_yaml=resolved.to_yaml(),
-        graphs=Graphs(program, finished.program),
-    )
+    report = _report(program, finished, resolved, target, seed, seconds, remarks, answers)
+    report = replace(report, model=type(model).__name__)
     return Optimized(finished.program, resolved, report, repro_dir=dump_dir)
 
 
@@ -305,6 +301,8 @@ def _report(
         seed=seed,
         recipe=str(recipe),
         remarks=tuple(remarks),
+        recipe_yaml=recipe.to_yaml(),
+        graphs=Graphs(before, finished.program),
     )
 
 
