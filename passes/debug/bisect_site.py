@@ -54,12 +54,12 @@ def site_level(task: Task, state: State) -> Culprit:
 
     def is_bad(point: int) -> bool:
         number = numbers[point - 1] if point else state.first
+        what = f"with {point} of {len(numbers)} sites of {name}"
+        task.working(f"site: {what}")
         run = task.rerun(state, number)
         errors[number] = run.error
-        what = f"with {point} of {len(numbers)} sites of {name}"
         if point:
             what += f", up to {number} ({_site_text(run, number)})"
-        task.working(f"site: {what}")
         verdict = task.verdict(run.error, outcome(run, state.before))
         allowed = task.allowed(len(numbers))
         task.ledger.add("site", number, numbers[-1], allowed, what, verdict)
