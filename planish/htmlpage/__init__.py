@@ -60,6 +60,10 @@ _PASS: dict[str, type | tuple[type, ...]] = {
     "bytes": int,
     "remarks": list,
 }
+_NODE: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("name", "id", "kind", "operator", "type", "call", "status"), str),
+    **dict.fromkeys(("inputs", "modules", "edits", "partners"), list),
+}
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -102,17 +106,21 @@ def check_report(data: object) -> None:
         )
     _check(data, _TOP, "the report")
     for number, entry in enumerate(data["passes"], 1):
-        if not isinstance(entry, Mapping):
-            raise UsageError(f"pass {number} of the report is a {type(entry).__name__}")
         _check(entry, _PASS, f"pass {number} of the report")
     for part in ("before", "after", "seconds"):
         if not isinstance(data["totals"].get(part), Mapping):
             raise UsageError(f"the totals of the report have no {part!r}")
+    if data.get("graphs") is not None:
+        _check(data["graphs"], {"before": dict, "after": dict}, "the part 'graphs' of the report")
+        for side in ("before", "after"):
+            _check(data["graphs"][side], {"nodes": list, "modules": dict}, f"the graph {side}")
+            for number, node in enumerate(data["graphs"][side]["nodes"], 1):
+                _check(node, _NODE, f"node {number} of the graph {side}")
 
 
-def _check(
-    data: Mapping[str, Any], wanted: Mapping[str, type | tuple[type, ...]], what: str
-) -> None:
+def _check(data: object, wanted: Mapping[str, type | tuple[type, ...]], what: str) -> None:
+    if not isinstance(data, Mapping):
+        raise UsageError(f"{what} is a {type(data).__name__}")
     for key, kind in wanted.items():
         if not isinstance(data.get(key), kind):
             found = type(data[key]).__name__ if key in data else "missing"

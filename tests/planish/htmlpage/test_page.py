@@ -121,7 +121,16 @@ def test_the_vendored_library_names_itself_and_its_license() -> None:
 
 def test_what_is_no_report_is_refused() -> None:
     data = as_json(small_report())
-    broken: list[Any] = [None, [], {**data, "seed": "0"}, {**data, "passes": [{}]}]
+    no_node = {**data["graphs"], "after": {"nodes": [{"name": "x"}], "modules": {}}}
+    broken: list[Any] = [
+        None,
+        [],
+        {**data, "seed": "0"},
+        {**data, "passes": [{}]},
+        {**data, "graphs": []},
+        {**data, "graphs": {"before": {}}},
+        {**data, "graphs": no_node},
+    ]
     for spoiled in broken:
         with pytest.raises(UsageError):
             page(spoiled)
