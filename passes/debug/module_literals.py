@@ -137,7 +137,7 @@ def call(node: Node, names: Mapping[Node, str]) -> str:
     if target is operator.getitem:
         return f"{args[0]}[{args[1]}]"
     if target in _INFIX and len(args) == 2:
-        return f"{args[0]} {_INFIX[target]} {args[1]}"  # type: ignore[index]
+        return f"{args[0]} {_INFIX[target]} {args[1]}"
     args += [f"{_plain(k)}={literal(v, names)}" for k, v in node.kwargs.items()]
     return f"{_function(target)}({', '.join(args)})"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from planish.passes.debug.reduce_folder import (
 )
 from planish.passes.debug.reduce_search import Fails, Tell
 from planish.passes.debug.reduce_suspects import suspects
+
+_BATCHES = 8  # of calibration data, that a part of the program is tried on
 
 
 class NotReproducedError(PlanishError):
@@ -108,11 +112,6 @@ def reduce_bundle(
     view, only, error = _reproduced(bundle)
     anchors = suspects(view, error)
 
-    def search(fails: Fails) -> Reduction:
-        return reduction(
-            program, fails, anchors=anchors, known=True, tell=tell, max_tries=max_tries
-        )
-
     def fails(candidate: Program) -> bool:
         return _fails(view, candidate, only=only)
 
@@ -121,9 +120,14 @@ def reduce_bundle(
         def fails_from_file(candidate: Program) -> bool:
             return fails(candidate) and _survives(candidate, scratch, fails)
 
-        found = search(fails)
+        searches = _Searches(anchors, tell, max_tries)
+        found = searches.run(program, fails)
+        if 2 * len(found.program.operators) > len(program.operators):
+            wide = _widened(bundle)
+            if wide is not None and fails(wide):
+                found = searches.run(wide, fails)
         if not _survives(found.program, scratch, fails):
-            found = search(fails_from_file)  # among what files can hold
+            found = searches.run(program, fails_from_file)  # among what files can hold
         written = write_reduced(view, found.program, scratch, only=only)
         module, problem = write_readable(written, fails)
         describe(written, folder, module=module, problem=problem)
@@ -140,6 +144,46 @@ def reduce_bundle(
         module=module,
         problem=problem,
     )
+
+
+class _Searches:
+    """One search after the other, if one does not do; together they try no more than allowed."""
+
+    def __init__(self, anchors: Sequence[str], tell: Tell | None, max_tries: int):
+        self.anchors = anchors
+        self.tell = tell
+        self.max_tries = max_tries
+        self.before: tuple[Reduction, ...] = ()
+
+    def run(self, program: Program, fails: Fails) -> Reduction:
+        """Search, and tell of this search and those before as of one."""
+        spent = sum(r.tries for r in self.before)
+        left = max(1, self.max_tries - spent)
+        new = reduction(
+            program, fails, anchors=self.anchors, known=True, tell=self.tell, max_tries=left
+        )
+        steps = [s for r in self.before for s in r.steps]
+        steps += [replace(s, tries=s.tries + spent) for s in new.steps]
+        self.before = (*self.before, new)
+        return Reduction(new.program, tuple(steps), new.tries + spent, new.exhausted)
+
+
+def _widened(bundle: Bundle) -> Program | None:
+    """The program with what the run saw besides its samples as further samples.
+
+    A part of the program takes other inputs, so nothing but samples reaches it. None where the run
+    saw nothing else.
+    """
+    names = bundle.program.signature.tensor_names
+    more: list[tuple[Any, ...]] = []
+    for inputs in (bundle.probe, bundle.calibration):
+        if inputs is not None and inputs.names == names:
+            more += islice(inputs, _BATCHES)
+    if not more:
+        return None
+    wide = bundle.program.clone()
+    wide.samples = (*wide.samples, *more)
+    return wide
 
 
 class _Unpinned(Bundle):

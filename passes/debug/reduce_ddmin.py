@@ -36,7 +36,7 @@ def ddmin(
     while len(current) > 1:
         parts = min(parts, len(current))
         chunks = _split(current, parts)
-        smaller = _first(map(grown, chunks), len(current), fails)
+        smaller = _first((grown(set(c)) for c in chunks), len(current), fails)
         if smaller is not None:
             current = [i for i in current if i in smaller]
             parts = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ from planish.passes.debug.bundle_readme import readme
 from planish.passes.debug.bundle_writing import write_bundle
 from planish.passes.debug.module_source import CONSTANTS, MODULE, write_module
 from planish.passes.debug.reduce_check import module_problem
+
+_WORD = re.compile(r"[A-Za-z_]\w*")
 
 
 def check_folder(folder: Path) -> None:
@@ -125,7 +128,12 @@ def write_readable(written: Path, fails: Callable[[Program], bool]) -> tuple[boo
         path = write_module(program, written)
     except UnsupportedError as error:
         return False, f"it cannot be written: {error.what}"
-    return True, module_problem(path, program, fails)
+    problem = module_problem(path, program, fails)
+    words = set(_WORD.findall(" ".join(load_bundle(written, program=False).facts.passes)))
+    named = sorted(words & {n.name for n in program.operators})
+    if problem is not None and named:
+        problem += f" (the recipe names the node {named[0]}, and capture names nodes anew)"
+    return True, problem
 
 
 def describe(written: Path, final: Path, *, module: bool, problem: str | None) -> None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch.fx import Node
 
+from planish.ir.execute import run
 from planish.ir.ops import is_op
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
-from planish.passes.base import Contract, Pass, PassContext, PassResult
+from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 
 aten = torch.ops.aten
 
@@ -45,3 +47,27 @@ class Faulty(Pass):
                 if self.how == "verifier":
                     new.meta["val"] = new.meta["val"].to(torch.float64)
         return PassResult(rewriter.finish(), tuple(rewriter.changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Pass):
+    """Fails at an activation that is zero somewhere on the calibration data."""
+
+    name: ClassVar[str] = "calibrated"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        assert context.calibration is not None
+        zeros: set[str] = set()
+
+        def look(node: Node, value: object) -> None:
+            if isinstance(value, torch.Tensor) and bool((value == 0).any()):
+                zeros.add(node.name)
+
+        for batch in context.calibration:
+            run(program, batch, observe=look)
+        for node in program.operators:
+            if is_op(node, aten.relu.default) and node.name in zeros:
+                raise ZeroDivisionError(f"the scale of {node.name}")
+        return PassResult(program)

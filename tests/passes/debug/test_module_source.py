@@ -32,6 +32,16 @@ HOSTILE = 'x"""\\n\nimport os; os.abort()  #\u2028\r\x0c"\'\\'
 class Small(nn.Module):
     """Constants of many types, sizes, a tuple, a doubled batch, values that are not finite."""
 
+    few: Tensor
+    halves: Tensor
+    brain: Tensor
+    mask: Tensor
+    ids: Tensor
+    plain: Tensor
+    made: Tensor
+    number: Tensor
+    last: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.large = nn.Linear(8, 8)

@@ -18,7 +18,8 @@ from planish.ir.errors import PlanishError, UsageError
 from planish.ir.execute import run
 from planish.ir.ops import is_op
 from planish.ir.verify import verify
-from planish.passes.base import Pass
+from planish.passes.base import Pass, PassContext
+from planish.passes.calibrate import Spool
 from planish.passes.debug import reduce_steps as steps
 from planish.passes.debug.bundle import failure_of, load_bundle, replay
 from planish.passes.debug.reduce import reduce_program, reduction
@@ -31,7 +32,7 @@ from planish.passes.debug.subgraph import closure, induced, without
 from planish.passes.instruments import default_instruments
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
-from tests.passes.debug.faulty import Faulty
+from tests.passes.debug.faulty import Calibrated, Faulty
 from tests.support.example_passes import SwapActivation
 
 aten = torch.ops.aten
@@ -341,6 +342,33 @@ def test_a_reduced_bundle_can_be_reduced_again_into_its_own_place(tmp_path: Path
     assert (second.before, second.after) == (first.after, first.after)
     assert load_bundle(out).failure.signature == load_bundle(out).failure.signature
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+class Shifted(nn.Module):
+    """An activation that is zero on the calibration data and not on the sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (((x + 1).tanh() * 2).relu() + 3).sigmoid()
+
+
+def test_a_failure_that_only_calibration_data_shows_is_reduced(tmp_path: Path) -> None:
+    program = capture(Shifted().eval(), (torch.ones(4),))
+    recipe, context = Recipe(passes=(Calibrated(),)), PassContext()
+    instruments = [Reproduce(tmp_path / "in"), *default_instruments()]
+    with Spool(program) as spool:
+        spool.add((torch.ones(4),), 16)
+        spool.add((-3 * torch.ones(4),), 16)
+        context.calibration = spool
+        with pytest.raises(PlanishError):
+            run_pipeline(program, recipe, context, instruments)
+    (folder,) = (tmp_path / "in").iterdir()
+    result = reduce_bundle(load_bundle(folder), tmp_path / "out")
+    assert [n.name for n in result.reduction.program.operators] == ["relu"]
+    assert result.problem is None
+    assert result.reduction.tries == result.reduction.steps[-1].tries
+    again = load_bundle(tmp_path / "out")
+    assert again.calibration is not None
+    assert failure_of(replay(again) or ValueError()).signature == again.failure.signature
 
 
 def test_a_bundle_that_does_not_fail_is_not_reduced(tmp_path: Path) -> None:
