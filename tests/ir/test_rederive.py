@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.export import Dim
 from torch.fx import Node
 
@@ -156,6 +156,18 @@ def test_what_one_layout_in_memory_allows_another_may_not() -> None:
     assert [rule for rule, _ in faults(program)] == ["operator-types"]
 
 
+def test_deriving_leaves_no_new_sizes_behind() -> None:
+    class Picked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.masked_select(x > 0)
+
+    program = capture(Picked().eval(), (torch.randn(4),))
+    env = program.fake_mode.shape_env
+    assert env is not None
+    verify(program)
+    assert env.pending_fresh_unbacked_symbols == []
+
+
 def test_arguments_without_a_hash_have_no_key() -> None:
     key = call_key(aten.relu.default, (1, [2]), {"a": None})
     assert key is not None
@@ -216,6 +228,11 @@ def test_sizes_are_compared_for_all_sizes() -> None:
     assert not same_size(b // (a - 2), a // (a - 2))
     assert not same_size(b // (a - 2), b)
     assert not same_size(a * b, a + b)
+    three = a - a + 3  # torch still takes it for symbolic
+    assert isinstance(three, SymInt)
+    assert same_size(three, 3)
+    assert not same_size(three, 4)
+    assert not same_size(4, three)
 
 
 def test_data_dependent_sizes_match_what_is_symbolic() -> None:
@@ -238,6 +255,7 @@ def test_types_are_compared_by_element_shape_and_kind() -> None:
     assert not same_type((x,), (x.double(),))
     assert not same_type(x, (x, x))
     assert not same_type((x, x), x)
+    assert not same_type(None, (x,))
     assert not same_type(x, 1)
     assert not same_type(1, x)
     assert not same_type(x, None)

@@ -125,6 +125,8 @@ def test_rules_look_past_the_body_of_a_branch() -> None:
     last = program.operators[-1]
     last.meta = {k: v for k, v in last.meta.items() if k != "val"}
     assert broken_rules(program) == {"typed"}
+    last.meta = {**last.meta, "val": last.args[0].meta["val"][0].double()}  # type: ignore[union-attr]
+    assert broken_rules(program) == {"operator-types"}
     program.constants["left.over"] = torch.ones(1, requires_grad=True)
     assert "constants-plain" in broken_rules(program)
 
