@@ -105,7 +105,12 @@ def test_arithmetic_passes(text: str) -> None:
         "Float('" + "1" * 41 + "')",
         "Float('x')",
         "Float('1', '2')",
+        "Add('1.5')",
+        "Integer('64')",
         "Pow(s0)",
+        "Pow(s0, 'x')",
+        "Pow(s0, True)",
+        "Pow(s0, s1.f(2))",
         "Pow(s0, 2, 3)",
         "Pow(s0, Add(s0, s1))",
         "Pow(s0, Pow(2, 2))",
@@ -252,6 +257,14 @@ def test_only_what_tells_the_source_is_kept_of_a_nodes_metadata() -> None:
 def test_each_part_of_a_graph_is_checked(data: Any, says: str) -> None:
     with pytest.raises(UnsafeGraphError, match=says):
         check_graph(data)
+
+
+def test_a_graph_of_legal_parts_passes() -> None:
+    value = {"name": "x", "as_name": "y", "expr_str": "Symbol('s0')", "as_operator": RELU}
+    constants = {f"{kind}_name": "a.b" for kind in ("parameter", "buffer", "tensor_constant")}
+    data = graph({"target": RELU}, x=[value, constants], tensor_values={"x": {}, "y": {}})
+    check_graph(data)
+    check_graph({"graph_module": {"nodes": 3}})  # no graph, but nothing that could run either
 
 
 def test_every_entry_is_walked() -> None:
