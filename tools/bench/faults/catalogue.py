@@ -8,6 +8,7 @@ from planish.tools.bench.faults import (
     catalogue_cleanup,
     catalogue_fold,
     catalogue_fuse,
+    catalogue_layout,
     catalogue_structure,
 )
 from planish.tools.bench.faults.spec import Fault
@@ -25,6 +26,7 @@ def _gathered(*parts: tuple[Fault, ...]) -> dict[str, Fault]:
 FAULTS: Mapping[str, Fault] = _gathered(
     catalogue_fold.FAULTS,
     catalogue_cleanup.FAULTS,
+    catalogue_layout.FAULTS,
     catalogue_fuse.FAULTS,
     catalogue_structure.FAULTS,
 )

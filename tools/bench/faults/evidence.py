@@ -1,10 +1,11 @@
-"""What the debugging tools make of a caught fault: bisection, replay in a fresh process, reduction."""
+"""What the debugging tools make of a caught fault: bisect, replay elsewhere, reduce."""
 
 from __future__ import annotations
 
 import multiprocessing
 import tempfile
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from planish.ir.errors import PlanishError
@@ -18,7 +19,6 @@ from planish.tools.bench.faults.models import TARGET, cached_run, protected
 from planish.tools.bench.faults.spec import Fault
 from planish.tools.bench.faults.trial import Trial, attempt
 
-_CONTEXT = multiprocessing.get_context("forkserver")
 _REPLAY_SECONDS = 300
 
 
@@ -104,9 +104,16 @@ def replayed(fault: Fault, folder: Path | None = None, *, reduce: bool = False) 
     return Replayed(found.split(";")[0] == signature, signature, found, operators, left)
 
 
+def processes() -> ForkServerContext:
+    """Makes processes that have planish imported, and have run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _in_fresh_process(bundle: Path, result: Path) -> str:
     """The signature of the failure that another process sees, or what became of that."""
-    process = _CONTEXT.Process(target=_replay, args=(str(bundle), str(result)))
+    process = processes().Process(target=_replay, args=(str(bundle), str(result)))
     process.start()
     process.join(_REPLAY_SECONDS)
     if process.is_alive():

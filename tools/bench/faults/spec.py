@@ -23,6 +23,55 @@ from planish.ir.rewriter import Rewriter
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # target, args, kwargs
 
 
+# What sorts of mistakes there are; the catalogue holds some of each.
+KINDS = frozenset(
+    {
+        "aliased weight edited",
+        "batch-norm formula",
+        "changed signature",
+        "dead node",
+        "dropped bias",
+        "dropped mask",
+        "dropped operand",
+        "dropped output",
+        "float64 constant",
+        "gelu approximation",
+        "in-place operator",
+        "inverted mask",
+        "lost dtype",
+        "merged unequal calls",
+        "merged unequal constants",
+        "nondeterminism",
+        "not finite",
+        "off-by-one",
+        "removed operator",
+        "shape-specialized constant",
+        "stale metadata",
+        "swapped operands",
+        "transposed weight",
+        "value-specialized constant",
+        "write into the caller's tensor",
+        "wrong axis",
+        "wrong broadcast",
+        "wrong comparison",
+        "wrong constant",
+        "wrong dilation",
+        "wrong dim order",
+        "wrong epsilon",
+        "wrong groups",
+        "wrong mask",
+        "wrong operand",
+        "wrong operator",
+        "wrong order",
+        "wrong output order",
+        "wrong padding",
+        "wrong scale",
+        "wrong sign",
+        "wrong stride",
+    }
+)
+
+
 class NotPlantedError(PlanishError):
     """A fault met a site that it cannot spoil: the catalogue is wrong, not the pass."""
 
@@ -128,6 +177,8 @@ class Fault:
             self.at_finish,
             self.extra,
         )
+        if self.kind not in KINDS:
+            raise ValueError(f"fault {self.name} is of no known kind: {self.kind}")
         given = sum(hook is not None for hook in hooks)
         if given != 1 or (self.extra is None) != (self.candidates is None):
             raise ValueError(f"fault {self.name} has {given} hooks")
