@@ -9,14 +9,7 @@ import pytest
 
 from planish.tools.cli import COMMANDS, main
 from tests.support.real_models import loaded
-from tests.support.repository import ROOT
-
-DEBUGGING = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
-BUNDLE = "planish-repro-35467e558832"  # as the page calls it; the name depends on the versions
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", DEBUGGING, re.S | re.M)
+from tests.support.walkthrough import BUNDLE, DEBUGGING, WRONG, blocks
 
 
 def shown(block: str) -> list[tuple[list[str], list[str]]]:
@@ -53,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PLANISH_REPRO_DIR", ".")
     monkeypatch.setenv("COLUMNS", "400")
     (tmp_path / "minilm").symlink_to(model_folder())
-    (tmp_path / "wrong.py").write_text(blocks("python")[0], encoding="utf-8")
+    (tmp_path / "wrong.py").write_text(WRONG, encoding="utf-8")
     return tmp_path
 
 
