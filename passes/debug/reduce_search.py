@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from planish.ir.errors import PassError
 from planish.ir.program import Program
 from planish.passes.debug import reduce_steps as steps
 from planish.passes.debug.reduce_ddmin import ddmin
@@ -84,7 +85,11 @@ class Search:
     def keeps(self, keep: frozenset[str]) -> bool:
         """Whether these operators alone fail; if so and they are fewer, they are the best now."""
         if keep not in self.tried:
-            candidate = induced(self.whole, keep, self.values)
+            try:
+                candidate = induced(self.whole, keep, self.values)
+            except PassError:  # the program fails before it has what these operators read
+                self.tried[keep] = False
+                return False
             self.tried[keep] = self.attempt(candidate)
             if self.tried[keep] and len(keep) < len(self.program.operators):
                 self.program = candidate

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from planish.ir.errors import PassError
 from planish.ir.execute import run
 from planish.ir.program import Program
 
@@ -39,7 +40,7 @@ class Recorded:
         """The values of these operators, one per sample.
 
         Raises:
-            PassError: the program fails on a sample.
+            PassError: the program fails on a sample, before one of them.
         """
         wanted = set(names)
         if not wanted or not self.program.samples:
@@ -47,11 +48,12 @@ class Recorded:
         if self._all is None and not self._too_many:
             self._all = self._run(None)
             self._too_many = self._all is None
-        if self._all is not None:
-            return {name: self._all[name] for name in wanted}
-        found = self._run(wanted)
+        found = self._all if self._all is not None else self._run(wanted)
         assert found is not None
-        return found
+        missing = sorted(wanted - found.keys())
+        if missing:
+            raise PassError(f"the program fails before it has computed {missing[0]}")
+        return {name: found[name] for name in wanted}
 
     def _run(self, wanted: set[str] | None) -> dict[str, tuple[Any, ...]] | None:
         """Values of the wanted nodes; of all nodes, or None where those are too large."""
@@ -76,7 +78,10 @@ class Recorded:
                     run(self.program, sample, observe=keep)
         except _TooLargeError:
             return None
-        return {name: tuple(values) for name, values in found.items()}
+        except PassError:
+            pass  # what came before the operator that failed is known all the same
+        samples = len(self.program.samples)
+        return {name: tuple(v) for name, v in found.items() if len(v) == samples}
 
 
 class _TooLargeError(Exception):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from planish.ir import Program, capture, load, save, text
+from planish.ir.errors import PassError
 from planish.ir.execute import run
 from planish.ir.verify import verify
 from planish.passes.debug.reduce_values import Recorded
@@ -180,3 +181,14 @@ def test_recorded_values_own_their_memory_in_row_major_order() -> None:
     for value in values.of([transposed])[transposed]:
         assert value.is_contiguous()
         assert value.untyped_storage().nbytes() == value.nbytes
+
+
+def test_values_before_an_operator_that_fails_are_known() -> None:
+    program = sizes_program()[0].clone()
+    program.samples = program.samples[:1]
+    (layer,) = (n for n in program.operators if n.name == "layer_norm")
+    layer.args = (layer.args[0], [5], *layer.args[2:])
+    values = Recorded(program)
+    assert len(values.of(["relu"])["relu"]) == 1
+    with pytest.raises(PassError, match="before it has computed layer_norm"):
+        values.of(["relu", "layer_norm"])
