@@ -99,7 +99,21 @@ def from_exported(exported: ExportedProgram) -> Program:
     names = exported.module_call_graph[0].signature
     forward = getattr(names, "forward_arg_names", None) if names is not None else None
     call = Call(spec_args, spec_kwargs, tuple(forward or ()), {})
-    return _build(exported, call, {}, legal_ranges(exported, {}), [])
+    program = _build(exported, call, {}, legal_ranges(exported, {}), [])
+    program.remarks += _mistaken_inputs(program)
+    return program
+
+
+def _mistaken_inputs(program: Program) -> tuple[str, ...]:
+    """Remarks on inputs that torch took for others; see ``_told_apart``, which comes too late."""
+    inputs = list(zip(program.signature.tensor_names, program.placeholders, strict=True))
+    given = [id(value) for value in program.samples[0]]
+    return tuple(
+        f"input {name!r} is not read, and its example is another input's, too: torch takes inputs "
+        "that are one tensor for one input; export again with an example of its own"
+        for (name, node), own in zip(inputs, given, strict=True)
+        if not node.users and given.count(own) > 1
+    )
 
 
 def _export_enlarged(

@@ -159,6 +159,15 @@ def test_inputs_are_told_apart_whatever_the_example_was(given: str) -> None:
     assert torch.equal(program(x, y), program(y=y, x=x))
 
 
+def test_an_exported_program_that_mistook_its_inputs_is_remarked_on() -> None:
+    same = torch.ones(2)
+    model = Difference().eval()
+    exported = torch.export.export(model, (same, same))
+    (remark,) = capture(exported).remarks
+    assert remark.startswith("input 'x' is not read, and its example is another input's, too")
+    assert capture(torch.export.export(model, (same, same.clone()))).remarks == ()
+
+
 # -- constants that somebody else wrote -----------------------------------------------------------
 
 
