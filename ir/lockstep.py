@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 
 from planish.ir.errors import PassError
 from planish.ir.execute import Observer, evaluate, last_uses
+from planish.ir.ops import argument
 from planish.ir.program import Program
 
 Place = tuple[int, Node]  # a value: number of the program, and the node
@@ -41,9 +42,15 @@ class Meeting:
 
 
 def is_random(node: Node) -> bool:
-    """Whether an operator draws from torch's global generator."""
-    tag = torch.Tag.nondeterministic_seeded
-    return isinstance(node.target, OpOverload) and tag in node.target.tags
+    """Whether an operator draws from torch's global generator; a dropout that is off does not."""
+    target = node.target
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    names = {a.name for a in target._schema.arguments}
+    off = [
+        name for name in ("train", "training") if name in names and argument(node, name) is False
+    ]
+    return not off and not ("dropout_p" in names and argument(node, "dropout_p") == 0)
 
 
 def lockstep(
@@ -53,6 +60,7 @@ def lockstep(
     *,
     seed: int = 0,
     observe: Mapping[int, Observer] | None = None,
+    to_end: bool = True,
 ) -> tuple[tuple[Any, ...], ...]:
     """Run programs on the same flat inputs, each once.
 
@@ -63,6 +71,7 @@ def lockstep(
             wrong one holds more values.
         seed: programs that draw random numbers each draw those of this seed.
         observe: number of a program -> called with each of its operator nodes and the value.
+        to_end: run on to the outputs; False stops after the last meeting, with no outputs.
 
     Returns:
         The flat outputs of every program.
@@ -95,7 +104,7 @@ def lockstep(
                 while entry.missing and node not in walks[number].passed:
                     step(number)
         for number, walk in enumerate(walks):
-            while walk.results is None:
+            while to_end and walk.results is None:
                 step(number)
     return tuple(walk.results or () for walk in walks)
 
