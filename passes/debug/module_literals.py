@@ -62,6 +62,7 @@ _RESERVED = frozenset(
         *dir(builtins),
         *dir(torch.nn.Module()),
         *("torch", "nn", "Dim", "Tensor", "Path", "json", "math", "operator", "self", "stored"),
+        *("inputs", "DTYPES", "load", "pattern"),
         *("Reduced", "build"),
     }
 )

@@ -180,7 +180,7 @@ def test_any_names_become_distinct_identifiers(names: list[str]) -> None:
         assert isinstance(ast.parse(f"{name} = 1").body[0], ast.Assign)
 
 
-@pytest.mark.parametrize("name", ["class", "self", "torch", "print", "forward", "None", "match"])
+@pytest.mark.parametrize("name", ["class", "self", "torch", "print", "forward", "None", "inputs"])
 def test_names_that_mean_something_are_avoided(name: str) -> None:
     assert identifier(name, set()) == f"{name}_1"
 
