@@ -14,6 +14,8 @@ from typing import Any
 
 from planish.ir.program import Program
 
+_DICTS = ("replacements", "var_to_range", "axioms")
+
 
 class Symbols:
     """The table of a program, copied when this was made: a few entries."""
@@ -21,6 +23,18 @@ class Symbols:
     def __init__(self, program: Program):
         self._table: Any = program.fake_mode.shape_env
         self._known = self._copy()
+
+    def restore(self) -> bool:
+        """Forget for good what was learned since.
+
+        Returns:
+            Whether a size had become fixed, or equal to another.
+        """
+        later = self._copy()
+        if later == self._known:
+            return False
+        self._put(self._known)
+        return bool(later[0] != self._known[0])
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -35,16 +49,25 @@ class Symbols:
         finally:
             self._put(later)
 
-    def _copy(self) -> tuple[dict[Any, Any], dict[Any, Any]]:
-        if self._table is None:
-            return {}, {}
-        return dict(self._table.replacements), dict(self._table.var_to_range)
-
-    def _put(self, known: tuple[dict[Any, Any], dict[Any, Any]]) -> None:
+    def _copy(self) -> tuple[Any, ...]:
         table = self._table
-        for held, values in zip((table.replacements, table.var_to_range), known, strict=True):
+        if table is None:
+            return ()
+        held = (dict(getattr(table, name)) for name in _DICTS)
+        return (*held, set(table.divisible), list(table.guards))
+
+    def _put(self, known: tuple[Any, ...]) -> None:
+        table = self._table
+        *dicts, divisible, guards = known
+        for name, values in zip(_DICTS, dicts, strict=True):
+            held = getattr(table, name)
             held.clear()
             held.update(values)
+        table.divisible = set(divisible)
+        table.guards[:] = guards
         # Torch keeps what it derived from the table under these numbers.
         table._replacements_version_counter += 1
+        table._update_version_counter()
         table._version_counter += 1
+        for method in (type(table)._inner_evaluate_expr, type(table)._maybe_guard_rel):
+            method.cache_clear()  # what it remembers, it would not note again

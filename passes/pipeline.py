@@ -19,6 +19,7 @@ from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Change
 from planish.ir.snapshot import Snapshot
+from planish.ir.symbols import Symbols
 from planish.passes.base import PassContext, PassResult
 from planish.passes.changed import Untouched, differs, unrecorded
 from planish.passes.recipe import Recipe, options_text, step_text
@@ -181,6 +182,7 @@ class _Driver:
         """Run the pass itself and hold it to its signature."""
         run, before = self.run, self.run.program
         run.context.generator.manual_seed(_seed(run.recipe.seed, step.text))
+        symbols = Symbols(before)
         start = time.perf_counter()
         try:
             result = step.pass_.run(private, replace(run.context, remark=step.remark))
@@ -192,6 +194,12 @@ class _Driver:
             ) from error
         finally:
             step.record.seconds = time.perf_counter() - start
+            if symbols.restore():
+                # Torch had fixed them for every program of the run, the caller's included.
+                step.remark(
+                    "it asked for dynamic sizes as if they were those of the sample; they "
+                    "stay dynamic"
+                )
         for name in self.shared.written():
             raise PassError(
                 f"it wrote into {name}, which the caller's model shares and which is changed now",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planish.ir.errors import (
-    PassError,
+    ExportError,
     PlanishError,
     RequirementError,
     UnsupportedError,
@@ -126,7 +126,7 @@ def _details(error: BaseException, step: str | None) -> tuple[Kind, tuple[str, .
             return "contract", (_category(own),)
         return "verifier", (*rules, "" if rules else origin(error))
     cause = _cause(error)
-    if step is None and not isinstance(error, PassError):
+    if step is None and isinstance(error, (ExportError, UnsupportedError)):
         operator = _OPERATOR.search(own) if isinstance(error, UnsupportedError) else None
         detail = operator[1] if operator else cause or origin(error)
         return "export", (type(error).__name__, detail)

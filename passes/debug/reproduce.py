@@ -31,7 +31,8 @@ _UNBUNDLED = frozenset({Fact.LOSS, Fact.LABELS})
 
 def bundle_folder(folder: str | Path | None = None) -> Path:
     """Where bundles go: the folder given, else the environment's, else that for temporary files."""
-    return Path(folder or os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir())
+    found = folder or os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()
+    return Path(found).expanduser().absolute()
 
 
 def tell(error: BaseException, folder: Path) -> None:

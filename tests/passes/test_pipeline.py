@@ -193,6 +193,36 @@ def set_constant(p: Program, context: PassContext) -> PassResult:
     return PassResult(p)
 
 
+def test_a_pass_that_asks_for_a_dynamic_size_does_not_fix_it() -> None:
+    def look(program: Program, context: PassContext) -> PassResult:
+        assert int(program.placeholders[0].meta["val"].shape[0]) == 3
+        return PassResult(program)
+
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    given = capture(Net().eval(), (torch.randn(3, 4),), dynamic_shapes=dynamic)
+    before = text(given)
+    found = run(given, calling(look))
+    (remark,) = found.records[0].remarks
+    assert remark.startswith("it asked for dynamic sizes as if they were those of the sample")
+    assert text(found.program) == text(given) == before
+
+
+def test_a_pass_that_types_by_the_size_of_the_sample_is_at_fault() -> None:
+    def fix(program: Program, context: PassContext) -> PassResult:
+        rewriter = Rewriter(program, "calls", context.sites)
+        node = next(n for n in program.operators if n.target is aten.relu.default)
+        with rewriter.site("clamp", node):
+            assert int(node.meta["val"].shape[0]) == 3
+            new = rewriter.call(aten.clamp_min.default, (node.args[0], 0), like=node)
+            rewriter.replace(node, new)
+        return PassResult(rewriter.finish(), tuple(rewriter.changes))
+
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    given = capture(Net().eval(), (torch.randn(3, 4),), dynamic_shapes=dynamic)
+    with pytest.raises(VerificationError, match=r"pass calls: rule operator-types"):
+        run(given, calling(fix), instruments=[VerifyEach()])
+
+
 @pytest.mark.parametrize("behavior", [through_module, set_constant])
 def test_an_edit_behind_the_rewriter_counts_as_one_site_and_is_remarked(
     program: Program, behavior: Any

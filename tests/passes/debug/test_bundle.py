@@ -366,6 +366,10 @@ def thrown(error: Exception) -> Exception:
             VerificationError("it is lossy, and there is no input to measure its error on"),
             "contract/not measured",
         ),
+        (
+            VerificationError("the program no longer runs on sample 1: operator failed: size 3"),
+            "contract/no longer runs",
+        ),
         (PassError("no"), "crash/PassError of tests.passes.debug.test_bundle:thrown"),
     ],
     ids=str,

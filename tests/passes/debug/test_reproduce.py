@@ -117,17 +117,20 @@ CASES: dict[str, Case] = {
     ),
     "size of the sample": Case(
         [failing.Wrong(how="size")],
-        "contract/wrong/no longer runs",
+        "verifier/wrong/same-results",
         options={"dynamic_shapes": BATCH},
     ),
     "size of the sample, later": Case(
         [RoundWeights(), failing.Wrong(how="size")],
-        "contract/wrong/no longer runs",
+        "verifier/wrong/same-results",
         options={"dynamic_shapes": BATCH},
     ),
     "not finite": Case([failing.Infinite()], "contract/infinite/not finite"),
     "outside of the rewriter": Case([failing.Behind()], "contract/behind/differs"),
     "dead code from outside": Case([failing.Behind(how="dead")], "verifier/behind/no-dead-nodes"),
+    "write into shared memory": Case(
+        [failing.Overwrite()], "crash/overwrite/PassError of planish.passes.pipeline:_Driver.call"
+    ),
     "calibration": Case(
         [RoundWeights(), failing.Calibrated()],
         "crash/calibrated/OverflowError",
