@@ -239,6 +239,7 @@ def _build(
         _side_effects(exported)
     graph, constants, fixed = _unlift(exported)
     make_functional(graph)
+    _drop_invented_modules(graph)
     remarks += [
         f"forward draws random numbers even in evaluation mode: {describe(node)}"
         for node in graph.nodes
@@ -266,6 +267,14 @@ def _build(
     program.samples = (signature.flatten(call.args, call.kwargs),)
     program.drop_dead_constants()
     return program
+
+
+def _drop_invented_modules(graph: Graph) -> None:
+    """Forget the module that torch names for nodes of no module, after the hook that does so."""
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        if any(key.startswith("_empty_nn_module_stack") for key in stack):
+            del node.meta["nn_module_stack"]
 
 
 def _side_effects(exported: ExportedProgram) -> list[str]:

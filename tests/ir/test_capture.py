@@ -333,3 +333,16 @@ def test_an_exported_program_without_example_inputs_is_refused() -> None:
     exported._example_inputs = None
     with pytest.raises(CaptureError, match="carries no example inputs"):
         from_exported(exported)
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1)
+
+
+def test_nodes_of_no_module_name_none() -> None:
+    net = nn.Sequential(nn.Conv1d(4, 2, 1), Flat()).eval()
+    program = capture(net, (torch.randn(2, 4, 3),), dynamic_shapes=({0: Dim("batch")},))
+    stacks = [node.meta.get("nn_module_stack") for node in program.operators]
+    assert None in stacks  # the size of the input is nobody's
+    assert {path for stack in stacks for path, _ in (stack or {}).values()} == {"", "0", "1"}
