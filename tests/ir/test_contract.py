@@ -13,6 +13,7 @@ from torch.export import Dim
 from planish.ir import Program, capture
 from planish.ir.contract import check_inputs
 from planish.ir.errors import UsageError, VerificationError
+from tests.support.nets import branch_program
 
 # -- types and sizes ------------------------------------------------------------------------------
 
@@ -73,6 +74,15 @@ def test_what_does_not_fit_is_refused_with_what_would(given: list[Any], says: st
     with pytest.raises(UsageError) as caught:
         check_inputs(sized(), given)
     assert caught.value.what == says
+
+
+def test_a_derived_size_names_only_the_inputs_that_decide_it() -> None:
+    a, b = Dim("a"), Dim("b")
+    args = (torch.ones(3), torch.ones(4), torch.ones(6))
+    program = capture(Sizes().eval(), args, dynamic_shapes=({0: a}, {0: b}, {0: 2 * a}))
+    with pytest.raises(UsageError) as caught:
+        check_inputs(program, [torch.ones(3), torch.ones(5), torch.ones(8)])
+    assert caught.value.what.endswith("in dimension 2*a, which is 6 by input 'x'")
 
 
 def test_a_size_without_an_upper_end_says_so() -> None:
@@ -136,6 +146,30 @@ def test_a_call_that_is_another_is_refused(args: Any, kwargs: Any, says: str) ->
         called()(*args, **kwargs)
     assert caught.value.what.startswith(says)
     assert says.startswith("input 'mask'") or caught.value.what == says
+
+
+class Optional(nn.Module):
+    def forward(self, x: Tensor, scale: float = 2.5, word: str = "mul") -> Tensor:
+        return x * scale if word == "mul" else x + scale
+
+
+def test_a_constant_may_be_left_out_where_forward_would_take_the_same() -> None:
+    model = Optional().eval()
+    program = capture(model, (X, 2.5, "mul"))
+    for args in ((X,), (X, float("2.5")), (X, 2.5, "".join(["m", "ul"]))):
+        assert torch.equal(program(*args), X * 2.5)
+    other = capture(model, (X, 3.5, "mul"))
+    with pytest.raises(UsageError, match="missing input 'scale'"):
+        other(X)
+    assert torch.equal(other(X, 3.5), X * 3.5)
+
+
+def test_where_names_are_unknown_a_call_is_taken_as_it_is() -> None:
+    program = capture(Optional().eval(), (X, 2.5), {"word": "mul"})
+    program.signature = dataclasses.replace(program.signature, parameters=())
+    assert torch.equal(program(X, 2.5, word="mul"), X * 2.5)
+    with pytest.raises(UsageError, match="nested differently"):
+        program(X, 2.5, "mul")
 
 
 class Difference(nn.Module):
@@ -214,6 +248,23 @@ def test_dead_constants_and_their_layouts_are_forgotten() -> None:
     program.drop_dead_constants()
     assert set(program.constants) == {"weight", "bias"}
     assert program.layouts == {"weight": layout}
+
+
+def test_the_module_is_for_inference_and_holds_what_is_read() -> None:
+    program = linear()
+    program.constants["left.over"] = torch.ones(4)
+    module = program.graph_module
+    assert not module.training
+    assert set(module.state_dict()) | set(dict(module.named_buffers())) <= {"weight", "bias"}
+    assert not hasattr(module, "left")
+
+
+def test_only_a_tensor_is_the_value_of_a_constant() -> None:
+    program = branch_program()
+    kinds = {n.target: program.constant(n) for n in program.graph.find_nodes(op="get_attr")}
+    assert kinds.pop("true_graph_0") is kinds.pop("false_graph_0") is None
+    assert all(isinstance(value, Tensor) for value in kinds.values())
+    assert program.constant(program.placeholders[0]) is program.constant(3) is None
 
 
 def test_a_clone_shares_values_and_nothing_that_is_edited() -> None:

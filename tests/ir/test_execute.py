@@ -85,6 +85,26 @@ def test_a_dead_value_is_not_kept() -> None:
     assert_same((torch.full((2,), 2.0),), run(program, (torch.ones(2),)))
 
 
+def test_a_value_that_nobody_reads_is_freed_at_once() -> None:
+    import weakref
+
+    def wasteful(x: Tensor) -> Tensor:
+        x.exp()
+        return x + 1
+
+    program = capture(Lambda(wasteful), (torch.ones(2),))
+    unread: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def observe(node: Node, value: Tensor) -> None:
+        alive.extend(ref() is not None for ref in unread)
+        if not node.users:
+            unread.append(weakref.ref(value))
+
+    run(program, (torch.ones(2),), observe=observe)
+    assert alive == [False]
+
+
 def test_a_failing_operator_is_named_with_the_users_line() -> None:
     class Embed(nn.Module):
         def __init__(self) -> None:

@@ -129,6 +129,7 @@ def test_equal_calls_share_a_type_and_others_do_not() -> None:
     assert memo.of(aten.relu.default, (x,), {}) is first
     assert typed(memo.of(aten.isnan.default, (x,), {})) == "bool[n, 6]"
     assert typed(memo.of(aten.sum.dim_IntList, (x, [0]), {})) == "f32[6]"
+    assert typed(memo.of(aten.sum.dim_IntList, (x, [1]), {})) == "f32[n]"
     assert typed(memo.of(aten.sum.dim_IntList, (x, [0]), {"keepdim": True})) == "f32[1, 6]"
 
 
