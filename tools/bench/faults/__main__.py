@@ -1,9 +1,11 @@
 """Plant every fault of the catalogue, one at a time, and print where each was caught.
 
     python -m planish.tools.bench.faults [--jobs N] [--only REGEX] [--bisect] [--repro] [--reduce N]
+                                          [--resume] [--json]
 
-The exit code is 1 if fewer than 95% are caught at the guilty pass, a fault passes silently without
-a reason in the catalogue, or ``bisect`` or ``repro`` fails for one that was caught.
+One line of JSON a fault goes to ``build/faults/results.jsonl`` as it is done. The exit code is 1 if
+fewer than 95% are caught at the guilty pass, a fault passes silently without a reason in the
+catalogue, or ``bisect`` or ``repro`` fails for one that was caught.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bisect", action="store_true", help="bisect every caught fault")
     parser.add_argument("--repro", action="store_true", help="replay every bundle elsewhere")
     parser.add_argument("--reduce", type=int, default=0, metavar="N", help="reduce N failures")
+    parser.add_argument("--resume", action="store_true", help="keep what results.jsonl holds")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
     return parser
 

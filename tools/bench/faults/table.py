@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,35 @@ class Row:
         """From the catalogue."""
         return FAULTS[self.trial.fault]
 
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Read what ``to_json`` wrote."""
+        held = json.loads(line)
+        bisection, replay = held["bisected"], held["replayed"]
+        return cls(
+            Trial(**held["trial"]),
+            Bisected(**bisection) if bisection else None,
+            Replayed(**replay) if replay else None,
+            held["seconds"],
+        )
+
+
+def results_file() -> Path:
+    """Where rows are kept as they come, one line each; of several for one fault the last counts."""
+    return cache_dir() / "results.jsonl"
+
+
+def read_results(path: Path) -> dict[str, Row]:
+    """Rows by the fault's name; faults that the catalogue no longer has are left out."""
+    if not path.is_file():
+        return {}
+    rows = map(Row.from_json, path.read_text(encoding="utf-8").splitlines())
+    return {row.trial.fault: row for row in rows if row.trial.fault in FAULTS}
+
 
 def measure(names: Sequence[str], bisect: bool, repro: bool, reduced: Sequence[str]) -> list[Row]:
     """Try faults of one model, in this process."""
@@ -53,6 +84,8 @@ def measure(names: Sequence[str], bisect: bool, repro: bool, reduced: Sequence[s
         if caught and (repro or name in reduced):
             again = replayed(fault, folder, reduce=name in reduced)
         rows.append(Row(trial, found, again, time.perf_counter() - start))
+        with results_file().open("a", encoding="utf-8") as stream:
+            stream.write(rows[-1].to_json() + "\n")
         print(_line(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
@@ -82,19 +115,21 @@ def spread(faults: Iterable[Fault], count: int) -> tuple[str, ...]:
 
 
 def run(faults: Sequence[Fault], options: argparse.Namespace) -> list[Row]:
-    """Try faults, model by model, in ``options.jobs`` processes."""
+    """Try faults, model by model, in ``options.jobs`` processes; or those not done yet."""
     # The pretrained language model takes half a minute a bisection and gigabytes a reduction.
     small = [f for f in faults if not f.silent and f.model != "smollm2-135m"]
     reduced = spread(small, options.reduce)
     models: dict[str, list[str]] = {}
-    for fault in faults:
+    known = read_results(results_file()) if options.resume else {}
+    rows = [known[f.name] for f in faults if f.name in known and _enough(known[f.name], options)]
+    done = {row.trial.fault for row in rows}
+    for fault in (fault for fault in faults if fault.name not in done):
         models.setdefault(f"{fault.model} {fault.recipe}", []).append(fault.name)
     # Small groups keep all processes busy to the end; a model's clean run is quickly repeated.
     groups = [
         names[at : at + _GROUP] for names in models.values() for at in range(0, len(names), _GROUP)
     ]
     what = (options.bisect, options.repro, reduced)
-    rows: list[Row] = []
     if options.jobs == 1:
         for names in groups:
             rows += measure(names, *what)
@@ -104,6 +139,13 @@ def run(faults: Sequence[Fault], options: argparse.Namespace) -> list[Row]:
                 rows += future.result()
     order = list(FAULTS)
     return sorted(rows, key=lambda row: order.index(row.trial.fault))
+
+
+def _enough(row: Row, options: argparse.Namespace) -> bool:
+    """Whether a row holds all that is asked for."""
+    caught = row.trial.caught is not None
+    bisection = row.bisected is not None or not options.bisect
+    return not caught or (bisection and (row.replayed is not None or not options.repro))
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
