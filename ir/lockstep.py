@@ -151,7 +151,8 @@ class _Walk:
             if self.observe is not None:
                 self.observe(node, self.env[node])
         elif node.op == "output":
-            self.results = tuple(map_arg(node.args[0], lambda n: self.env[n]))
+            flat: Any = map_arg(node.args[0], lambda n: self.env[n])
+            self.results = tuple(flat)
         if not node.users:
             self._use_up(node)
         for dead in self._frees[node]:

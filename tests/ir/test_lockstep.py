@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,6 +32,14 @@ def captured(module: nn.Module, *inputs: Tensor) -> Program:
     return capture(module, inputs, dynamic_shapes=(shapes,) if len(inputs) > 1 else shapes)
 
 
+def noting(values: dict[str, Tensor]) -> Callable[[Node, Any], None]:
+    return lambda node, value: values.update({node.name: value})
+
+
+def append(found: list[Any], item: object) -> Callable[[tuple[Any, ...]], None]:
+    return lambda values: found.append(item)
+
+
 def pairs(one: Program, two: Program) -> list[tuple[Node, Node]]:
     return list(zip(one.operators, two.operators, strict=True))
 
@@ -42,7 +51,7 @@ def test_every_program_gives_what_it_gives_alone_and_values_meet_their_partners(
     inputs = (torch.randn(5, WIDTH),)
     alone: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     for program, values in zip((first, second), alone, strict=True):
-        run(program, inputs, observe=lambda n, v, values=values: values.update({n.name: v}))
+        run(program, inputs, observe=noting(values))
     met: dict[str, tuple[Any, ...]] = {}
 
     def meeting(a: Node, b: Node) -> Meeting:
@@ -66,7 +75,7 @@ def test_a_deep_chain_holds_a_constant_number_of_values(count: int) -> None:
     meetings = [
         Meeting(
             tuple((k, p.operators[i]) for k, p in enumerate(programs)),
-            lambda values, name=node.name: seen.append(name),
+            append(seen, node.name),
         )
         for i, node in enumerate(first.operators)
     ]
@@ -85,9 +94,7 @@ def test_values_that_meet_in_another_order_wait_and_go() -> None:
     second = first.clone()
     met: list[int] = []
     crossed = list(zip(first.operators, reversed(second.operators), strict=True))
-    meetings = [
-        Meeting(((0, a), (1, b)), lambda v, i=i: met.append(i)) for i, (a, b) in enumerate(crossed)
-    ]
+    meetings = [Meeting(((0, a), (1, b)), append(met, i)) for i, (a, b) in enumerate(crossed)]
     with LiveBytes() as live:
         lockstep([first, second], (torch.randn(BATCH, WIDTH),), meetings)
     assert sorted(met) == list(range(20))

@@ -32,9 +32,10 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(4))
-        self.rest = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(12)))
-        for layer in self.rest:
+        layers = [nn.Linear(4, 4, bias=False) for _ in range(12)]
+        for layer in layers:
             nn.init.orthogonal_(layer.weight)  # what is changed before still shows behind
+        self.rest = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         low = torch.relu((x + 0.0) * self.scale)

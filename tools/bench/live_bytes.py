@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.now = self.peak = self.made = 0
         self._known: dict[int, weakref.finalize[..., Any]] = {}
 

@@ -83,6 +83,12 @@ def values(program: Program, x: Tensor) -> dict[str, Any]:
     return seen
 
 
+def tensor(program: Program, name: str) -> Tensor:
+    found = program.constants[name]
+    assert isinstance(found, Tensor)
+    return found
+
+
 def off(reference: Any, value: Any) -> Fidelity:
     return measure((reference,), (value,))
 
@@ -95,8 +101,7 @@ def test_a_rounded_weight_counts_at_the_layer_that_reads_it() -> None:
     after, changes = edited(before, ("round", "p_0_weight", rounded("0.weight")))
     x = before.samples[0][0]
     (found,) = attribute(before, before, after, changes, before.samples)
-    w, b = (before.constants[n] for n in ("0.weight", "0.bias"))
-    assert isinstance(w, Tensor)
+    w, b = tensor(before, "0.weight"), tensor(before, "0.bias")
     expected = off(functional.linear(x, w, b), functional.linear(x, (w * 8).round() / 8, b))
     assert (found.own, found.local, found.cumulative) == (expected, expected, expected)
     assert (found.site, found.rule, found.node, found.replaces) == (1, "round", "linear", "linear")
@@ -113,9 +118,7 @@ def test_each_of_two_constants_of_one_layer_has_an_error_of_its_own() -> None:
     )
     x = before.samples[0][0]
     found = errors(before, after, changes)
-    w, b = (before.constants[n] for n in ("0.weight", "0.bias"))
-    assert isinstance(w, Tensor)
-    assert isinstance(b, Tensor)
+    w, b = tensor(before, "0.weight"), tensor(before, "0.bias")
     good = functional.linear(x, w, b)
     w2, b2 = (w * 8).round() / 8, b.round()
     assert found["1@linear"].own == off(good, functional.linear(x, w2, b))
@@ -247,8 +250,8 @@ def test_values_of_another_shape_count_where_shapes_agree_again() -> None:
         """Keep every second hidden channel."""
         first, relu, second = (named(program, n) for n in ("linear", "relu", "linear_1"))
         kept = [
-            program.constants[n][part]
-            for n, part in (  # type: ignore[index]
+            tensor(program, n)[part]
+            for n, part in (
                 ("0.weight", slice(0, 16, 2)),
                 ("0.bias", slice(0, 16, 2)),
                 ("2.weight", (slice(None), slice(0, 16, 2))),
