@@ -14,9 +14,10 @@ from torch.fx import Node
 from planish.ir import Program, capture
 from planish.ir.errors import PassError
 from planish.ir.execute import run
-from planish.ir.lockstep import Meeting, lockstep
+from planish.ir.lockstep import Meeting, is_random, lockstep
 from planish.tools.bench.live_bytes import LiveBytes
 
+aten = torch.ops.aten
 DEPTH, WIDTH, BATCH = 200, 8, 16
 
 
@@ -141,3 +142,23 @@ def test_the_wrong_number_of_inputs_and_a_failing_operator_are_named() -> None:
         lockstep([program], (torch.ones(1), torch.ones(1)), [])
     with pytest.raises(PassError, match="operator failed"):
         lockstep([program], (torch.ones(2, WIDTH + 1),), [])
+
+
+class Drops(nn.Module):
+    def __init__(self, rate: float, training: bool):
+        super().__init__()
+        self.rate = rate
+        self.draws = training
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, 0.5, training=self.draws)
+        return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=self.rate)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_dropout_that_is_off_draws_nothing(rate: float, training: bool) -> None:
+    program = capture(Drops(rate, training).eval(), (torch.randn(2, 3, 4),))
+    draws = {node.target for node in program.operators if is_random(node)}
+    expected = {aten.dropout.default: training, aten.scaled_dot_product_attention.default: rate > 0}
+    assert draws == {target for target, drawn in expected.items() if drawn}
