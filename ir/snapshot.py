@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class _Entry:
     tensor: Tensor
     version: int | None  # torch counts in-place writes; not for tensors of inference mode
     checksum: int | None
-    some: bytes | None
+    looked_at: Any  # a NumPy view of some bytes of the tensor's memory, or None
+    some: bytes
 
 
 class Snapshot:
@@ -39,10 +41,11 @@ class Snapshot:
 
     def __init__(self, program: Program, *, values: bool = False):
         self._entries = [
-            _Entry(name, tensor, version, full, None if full is not None else _some(tensor))
+            _Entry(name, tensor, version, full, view, b"" if view is None else view.tobytes())
             for name, tensor in _tensors(program)
             for version in [None if tensor.is_inference() else tensor._version]
             for full in [checksum(tensor) if values or version is None else None]
+            for view in [_some(tensor) if full is None else None]
         ]
 
     def written(self) -> Iterator[str]:
@@ -51,7 +54,7 @@ class Snapshot:
             if entry.version is not None and entry.tensor._version != entry.version:
                 yield entry.name
             elif (entry.checksum is not None and checksum(entry.tensor) != entry.checksum) or (
-                entry.some is not None and _some(entry.tensor) != entry.some
+                entry.looked_at is not None and entry.looked_at.tobytes() != entry.some
             ):
                 yield entry.name
 
@@ -66,14 +69,14 @@ def _tensors(program: Program) -> Iterator[tuple[str, Tensor]]:
                 yield f"the input {name!r} of sample {number}", value
 
 
-def _some(tensor: Tensor) -> bytes | None:
-    """A few bytes of a tensor's memory, from all over it; None where they cannot be read."""
+def _some(tensor: Tensor) -> Any:  # noqa: ANN401 - a NumPy array, and NumPy is torch's own affair
+    """A view of a few bytes of a tensor's memory, from all over it; None where it has none."""
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return None
     memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     # An odd step visits all bytes of an element by turns.
     step = max(1, memory.numel() // _LOOKED_AT) | 1
-    return bytes(memory[::step].numpy())
+    return memory[::step].numpy()
 
 
 def checksum(tensor: Tensor) -> int:

@@ -160,7 +160,7 @@ def test_a_fault_that_spoils_nothing_is_a_mistake_of_the_catalogue(
         rule="batch-norm-into-producer",
         on_constant=in_constant(torch.neg, ends="no such ending"),
     )
-    monkeypatch.setitem(FAULTS, idle.name, idle)  # type: ignore[arg-type]  # it is a dict
+    monkeypatch.setitem(FAULTS, idle.name, idle)
     with pytest.raises(NotPlantedError, match="changed nothing at batch-norm"):
         run_pipeline(tiny, recipe(planted(idle.name)))
 
@@ -174,7 +174,7 @@ def test_a_fault_that_writes_the_same_arguments_is_a_mistake_too(
     )
     same = replace(idle, on_call=in_call(torch.ops.aten.conv2d.default, edit=swap("bias", "bias")))
     for fault, raised in ((idle, None), (same, "are such already")):
-        monkeypatch.setitem(FAULTS, fault.name, fault)  # type: ignore[arg-type]  # it is a dict
+        monkeypatch.setitem(FAULTS, fault.name, fault)
         if raised is None:  # written out, a default argument is another argument
             run_pipeline(tiny, recipe(planted(fault.name)), PassContext(), default_instruments())
         else:

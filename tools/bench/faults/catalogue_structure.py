@@ -47,9 +47,8 @@ def _static(program: Program, node: Node) -> Any:  # noqa: ANN401
 def _edited_behind(plant: Plant) -> None:
     """Other sizes for a reshape, and the old type."""
     node = plant.node()
-    x, sizes = node.args
-    assert isinstance(sizes, (list, tuple))
-    node.args = (x, [*sizes[:2], int(sizes[2]) // 2, int(sizes[3]) * 2])  # type: ignore[call-overload]
+    sizes: Any = node.args[1]
+    node.args = (node.args[0], [*sizes[:2], sizes[2] // 2, sizes[3] * 2])
 
 
 _METADATA: tuple[Fault, ...] = (
