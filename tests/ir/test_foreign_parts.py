@@ -4,6 +4,7 @@ import io
 import zipfile
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,16 @@ Pair = namedtuple("Pair", ["first", "second"])
 torch.utils._pytree._register_namedtuple(Pair, serialized_type_name="tests.Pair")
 
 
+@dataclass
+class Both:
+    first: Tensor
+    second: list[Tensor]
+    third: Tensor | None = None
+
+
+torch.export.register_dataclass(Both, serialized_type_name="tests.Both")
+
+
 def ordered(x: Tensor) -> Any:
     return OrderedDict([("b", x + 1), ("a", x + 2)])
 
@@ -133,6 +144,7 @@ RESULTS: dict[str, Callable[[Tensor], Any]] = {
     "dict": lambda x: {"b": x + 1, "a": x + 2},
     "ordered": ordered,
     "default": lambda x: defaultdict(list, {"b": x + 1, "a": x + 2}),
+    "dataclass": lambda x: Both(x + 1, [x + 2]),
     "named": lambda x: Pair(x + 1, [x + 2]),
 }
 
@@ -170,6 +182,26 @@ def test_a_namedtuple_that_nobody_registered_becomes_a_dict_by_position(
     found = program(torch.ones(2))
     assert {key: v.tolist() for key, v in found.items()} == {"0": [2.0, 2.0], "1": [3.0, 3.0]}
     assert "tests.Pair is not known" in program.remarks[-1]
+
+
+def test_keyword_samples_come_back_as_keywords(tmp_path: Path) -> None:
+    class Keyword(nn.Module):
+        def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+            return x * scale
+
+    x, scale = torch.ones(2), torch.full((2,), 3.0)
+    path = tmp_path / "p.pt2"
+    torch.export.save(torch.export.export(Keyword().eval(), (x,), {"scale": scale}), path)
+    program = load(path)
+    assert [v.tolist() for v in program.samples[0]] == [x.tolist(), scale.tolist()]
+    assert torch.equal(program(x, scale=x), x)
+
+
+def test_a_file_with_two_top_folders_is_refused(foreign: Path, tmp_path: Path) -> None:
+    for name in ("aaa/more", "zzz/more"):
+        path = edited(foreign, tmp_path, lambda entries, name=name: entries.update({name: b""}))  # type: ignore[misc]
+        with pytest.raises(UsageError, match=r"not an archive of torch\.export\.save"):
+            load(path)
 
 
 def test_a_file_without_samples_is_refused_with_a_hint(foreign: Path, tmp_path: Path) -> None:
