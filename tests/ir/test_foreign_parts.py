@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from planish.ir import capture, load, save
 from planish.ir import foreign as reader
-from planish.ir import load
 from planish.ir.errors import UnsupportedError, UsageError
 from planish.ir.foreign import check_pickle
+from planish.ir.trees import class_name, known_class, spec_from_json
 from tests.support.foreign import Small, edited, exported_file
 
 
@@ -217,3 +218,41 @@ def test_samples_are_taken_as_they_were(foreign: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = Small().eval()(x)
     assert torch.equal(program(x)["y"], expected["y"])
+
+
+# -- classes by name ------------------------------------------------------------------------------
+
+
+class Outer:
+    class Inner:
+        """Known by a name with a dot in it."""
+
+
+def test_a_class_is_known_by_its_qualified_name() -> None:
+    assert known_class(class_name(Outer.Inner)) is Outer.Inner
+    assert known_class(f"{__name__}:Outer.Other") is None
+    assert known_class(f"{__name__}:X") is None
+    assert known_class("nowhere.to.be:Found") is None
+
+
+def test_a_namedtuple_whose_fields_changed_is_made_anew() -> None:
+    data = {"kind": "namedtuple", "class": class_name(Pair), "children": [None, None]}
+    same = spec_from_json({**data, "keys": ["first", "second"]}, [])
+    other = spec_from_json({**data, "keys": ["left", "right"]}, [])
+    leaves = [1, 2]
+    assert type(torch.utils._pytree.tree_unflatten(leaves, same)) is Pair
+    made = torch.utils._pytree.tree_unflatten(leaves, other)
+    assert made._asdict() == {"left": 1, "right": 2}
+
+
+def test_defaults_after_one_that_cannot_be_stored_are_kept(tmp_path: Path) -> None:
+    class Defaults(nn.Module):
+        def forward(self, x: Tensor, hook: Any = print, flag: bool = False) -> Tensor:
+            return x + 1
+
+    x = torch.zeros(2)
+    save(capture(Defaults().eval(), (x,)), tmp_path / "p.pt2")
+    program = load(tmp_path / "p.pt2")
+    assert torch.equal(program(x, flag=False), x + 1)
+    with pytest.raises(UsageError, match="unknown input 'hook'"):
+        program(x, hook=print)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from planish.ir import capture, text
 from planish.ir.ops import functional_form
+from planish.ir.verify import verify
 from tests.support.lambdas import Lambda, assert_captured
 
 aten = torch.ops.aten
@@ -228,6 +229,9 @@ def test_batch_norm_stays_whole_where_torch_splits_it() -> None:
     program = assert_captured(Net().eval(), (torch.randn(1, 2, 3, 3),))
     assert "aten.batch_norm" in text(program)
     assert "_native_batch_norm" not in text(program)
+    verify(program)
+    whole = next(n for n in program.operators if n.target is aten.batch_norm.default)
+    assert "self.norm(self.conv(x))" in whole.meta["stack_trace"]
 
 
 def test_writing_into_an_input_is_a_remark_and_the_callers_tensor_is_left_alone() -> None:
