@@ -40,7 +40,7 @@ def repro(
       planish repro planish-repro-57a3046d98ce --show
       planish repro planish-repro-57a3046d98ce --program reduced.pt2 --json
     """
-    from planish.ir.capture_errors import quiet
+    from planish.ir.capture_errors import quiet as without_logs
     from planish.ir.errors import UsageError
     from planish.passes.debug.bundle import load_bundle, replay
 
@@ -62,7 +62,7 @@ def repro(
 
             other = load(program)
         stage("replaying")
-        with quiet():
+        with without_logs():
             error = replay(found, other, only_failing=only_failing)
     return _report(found, error, as_json=as_json)
 

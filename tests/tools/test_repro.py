@@ -57,8 +57,9 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def test_the_same_failure_is_exit_0(planish_: Call, bundle: Path) -> None:
-    code, out, _ = planish_("repro", bundle)
+    code, out, err = planish_("repro", bundle)
     assert code == 0
+    assert err == "loading ...\nreplaying ...\n"
     assert out.startswith("pass wrong: it is exact, and at the sample inputs output 0 ")
     assert out.endswith("\nreproduced: the same failure\n")
     code, out, err = planish_("repro", bundle, "--json", "--quiet", "--only-failing")
