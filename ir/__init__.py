@@ -10,7 +10,8 @@ from planish.ir.files import load, save
 from planish.ir.pattern import Match, Refusal, Rule, rewrite_greedily
 from planish.ir.program import Program, Signature
 from planish.ir.rewriter import Change, Rewriter, SiteCounter
-from planish.ir.text import diff, text
+from planish.ir.text import text
+from planish.ir.textdiff import diff
 
 __all__ = [
     "Change",

@@ -11,7 +11,6 @@ named from the operator's schema.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from typing import Any
 
@@ -192,17 +191,4 @@ def excerpt(program: Program, node: Node, *, around: int = 5) -> str:
     shown = nodes[max(0, center - around) : center + around + 1]
     return "\n".join(
         ("--> " if n is node else "    ") + node_text(program, n, names) for n in shown
-    )
-
-
-def diff(before: Program, after: Program) -> str:
-    """A unified diff of two programs' texts; empty when they print the same."""
-    return "".join(
-        difflib.unified_diff(
-            text(before).splitlines(keepends=True),
-            text(after).splitlines(keepends=True),
-            "before",
-            "after",
-            n=2,
-        )
     )

@@ -95,13 +95,31 @@ class TextDiff:
         lines: list[str] = []
         for head, entries in self.hunks(context):
             lines.extend([head] if lines else [f"--- {names[0]}", f"+++ {names[1]}", head])
-            for entry in entries:
-                if entry.status == "same":
-                    lines.append(f" {entry.after}")
-                    continue
-                lines.extend([f"-{entry.before}"] if entry.before is not None else [])
-                lines.extend([f"+{entry.after}"] if entry.after is not None else [])
+            lines.extend(_unified(entries))
         return lines
+
+    def brief(self, limit: int, *, context: int = 2) -> list[str]:
+        """At most ``limit`` lines and one that counts the rest, changed operators first."""
+
+        def plain(hunk: tuple[str, tuple[Entry, ...]]) -> bool:
+            return all(e.status == "same" or e.nodes == (None, None) for e in hunk[1])
+
+        hunks = sorted(self.hunks(context), key=plain)
+        lines = [line for head, entries in hunks for line in (head, *_unified(entries))]
+        if len(lines) > limit:
+            lines = [*lines[:limit], f"... {len(lines) - limit} more lines"]
+        return lines
+
+
+def _unified(entries: Sequence[Entry]) -> Iterator[str]:
+    for entry in entries:
+        if entry.status == "same":
+            yield f" {entry.after}"
+            continue
+        if entry.before is not None:
+            yield f"-{entry.before}"
+        if entry.after is not None:
+            yield f"+{entry.after}"
 
 
 def compare(before: Program, after: Program) -> TextDiff:

@@ -19,7 +19,7 @@ from planish.ir.lockstep import is_random
 from planish.ir.probe import Reference, second_reference
 from planish.ir.program import Program
 from planish.ir.symbols import Symbols
-from planish.ir.text import diff
+from planish.ir.textdiff import compare
 from planish.ir.verify import verify
 from planish.passes.base import Contract, PassResult
 from planish.passes.debug.ancestry import Ancestry
@@ -368,7 +368,5 @@ def _where(step: Step, result: PassResult) -> str:
     ]
     if len(result.changes) > 3:
         sites.append(f"and {len(result.changes) - 3} more rewrites")
-    lines = diff(step.before, result.program).splitlines()[2:]
-    if len(lines) > _SHOWN:
-        lines = [*lines[:_SHOWN], f"... {len(lines) - _SHOWN} more lines"]
+    lines = compare(step.before, result.program).brief(_SHOWN)
     return "\n".join(["; ".join(sites), *lines])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from planish.ir import Program, capture, diff, text
+from planish.ir import Program, capture, text
 from planish.ir.text import excerpt, value_names
 from tests.support.lambdas import Lambda
 
@@ -132,12 +132,3 @@ def test_a_node_that_is_no_operator_is_shown_alone() -> None:
         shown = excerpt(program, node)
         assert node.name in shown or "return" in shown
         assert "\n" not in shown
-
-
-def test_a_diff_has_two_lines_around_each_change_and_says_which_side() -> None:
-    before = chain(9)
-    after = before.clone()
-    after.operators[4].target = aten.sin.default
-    lines = diff(before, after).splitlines()
-    assert lines[:2] == ["--- before", "+++ after"]
-    assert [line[0] for line in lines[3:]] == [" ", " ", "-", "+", " ", " "]

@@ -254,6 +254,24 @@ def test_hunks_merge_where_their_context_meets(program: Program) -> None:
     assert entries == found.entries
 
 
+def test_in_brief_operators_come_before_constants(program: Program) -> None:
+    after = program.clone()
+    rewriter = Rewriter(after, "test")
+    relu = next(n for n in after.operators if n.target is aten.relu.default)
+    with rewriter.site("edit", relu):
+        rewriter.replace(relu, rewriter.call(aten.gelu.default, (relu.args[0],), like=relu))
+    first = next(n for n in after.graph.find_nodes(op="get_attr"))
+    with rewriter.site("edit", first):
+        zeros = rewriter.constant(torch.zeros(first.meta["val"].shape), str(first.target))
+        rewriter.replace(first, zeros)
+    found = compare(program, rewriter.finish())
+    lines = found.brief(100, context=0)
+    assert sorted(lines) == sorted(found.unified(context=0)[2:])
+    changed = [line.split()[1] for line in lines if not line.startswith("@@")]
+    assert changed == ["%1:", "%1:", "const", "const"]
+    assert found.brief(2, context=0) == [*lines[:2], "... 4 more lines"]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from("drx")), max_size=6))
 def test_any_edit_is_told_completely(edits: list[tuple[int, str]]) -> None:
