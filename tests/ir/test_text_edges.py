@@ -86,6 +86,16 @@ def test_sizes_inside_arguments_are_values() -> None:
     assert "aten.add.Tensor(%args_0, %args_0, alpha=%0)" in shown
 
 
+def test_a_list_that_is_the_default_is_left_out() -> None:
+    program = program_of(lambda x: torch.nn.functional.avg_pool2d(x, 2), X[None])
+    (pool,) = program.operators
+    shown = text(program)
+    pool.args = (pool.args[0], [2, 2], [], [0, 0])
+    assert text(program) == shown
+    pool.args = (pool.args[0], [2, 2], [], [0, 1])
+    assert "aten.avg_pool2d(%args_0, kernel_size=[2, 2], padding=[0, 1])" in text(program)
+
+
 # -- names ----------------------------------------------------------------------------------------
 
 
@@ -99,6 +109,20 @@ def test_the_inputs_of_a_body_never_share_a_name() -> None:
     names = [part.partition(":")[0] for part in head.partition("(")[2].split(", ")]
     assert len(set(names)) == 30
     assert (names[0], names[25], names[26]) == ("%a", "%z", "%a1")
+
+
+def test_the_values_of_a_body_are_numbered_in_order() -> None:
+    def model(x: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda a: a.exp().sin().cos(), lambda a: a - 1, (x,))
+
+    lines = text(program_of(model, torch.ones(2))).splitlines()
+    start = next(i for i, line in enumerate(lines) if "body @true_graph_0(" in line)
+    assert [line.strip() for line in lines[start + 1 : start + 5]] == [
+        "%0: f32[2] = aten.exp(%a)",
+        "%1: f32[2] = aten.sin(%0)",
+        "%2: f32[2] = aten.cos(%1)",
+        "return %2",
+    ]
 
 
 # -- parts ----------------------------------------------------------------------------------------
