@@ -5,28 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from planish.ir.compare import bounds_of
-from planish.ir.errors import PlanishError, RecipeError, UnsupportedError
+from planish.ir.errors import PlanishError, UnsupportedError
 from planish.ir.files import load
 from planish.ir.program import Program
 from planish.ir.symbols import Symbols
 from planish.ir.text import text
-from planish.passes.base import Fact, Pass
 from planish.passes.checking import CompareEach
 from planish.passes.debug.bundle import PROGRAM, Facts, Sites, command, write_bundle
-from planish.passes.debug.bundle_failure import failure_of, is_failure, name_step, raised_by
+from planish.passes.debug.bundle_failure import failure_of, is_failure, name_step
+from planish.passes.debug.bundle_subject import Subject, kept_passes
 from planish.passes.recipe import step_text
-from planish.passes.registry import load_class, name_of
 from planish.passes.steps import Instrument, Run, Step
 
 FOLDER_VARIABLE = "PLANISH_REPRO_DIR"
-
-_UNBUNDLED = frozenset({Fact.LOSS, Fact.LABELS})
 
 
 def bundle_folder(folder: str | Path | None = None) -> Path:
@@ -111,16 +107,16 @@ class Reproduce(Instrument):
                 return
         error.add_note(f"no bundle was written to replay this: {'; '.join(problems)}")
 
-    def _subjects(self, run: Run, step: Step | None) -> list[_Subject]:
+    def _subjects(self, run: Run, step: Step | None) -> list[Subject]:
         """What to bundle, the best first."""
         planned = [s for s in run.steps if s.planned]
-        whole = _Subject(
+        whole = Subject(
             "the original program", run, run.original, planned, self._began, self._symbols, None
         )
         if step is None or step.before is None:
             return [whole]
         rest = [s for s in planned if s.index >= step.index]
-        own = _Subject(
+        own = Subject(
             "the program before it",
             run,
             step.before,
@@ -135,9 +131,9 @@ class Reproduce(Instrument):
         upto = [s for s in planned if s.index <= step.index]
         return [own, replace(whole, steps=upto)]
 
-    def _bundle(self, error: BaseException, subject: _Subject) -> Path:
+    def _bundle(self, error: BaseException, subject: Subject) -> Path:
         run = subject.run
-        kept, left_out = _kept(subject, error, self._replayed())
+        kept, left_out = kept_passes(subject, error, self._replayed())
         checked = self.verify != "off"
         probe, sizes = None, dict[str, int]()
         if checked:
@@ -177,19 +173,6 @@ class Reproduce(Instrument):
         return frozenset(type(i) for i in default_instruments(verify=self.verify, seed=self.seed))
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A program and the steps that fail on it: the first one, or None for all together."""
-
-    name: str
-    run: Run
-    program: Program
-    steps: Sequence[Step]
-    count: int
-    symbols: Symbols
-    failing: Step | None
-
-
 def _check_readable(folder: Path, program: Program) -> None:
     """Nobody has verified the program, so it may not be one that a file can hold.
 
@@ -204,52 +187,3 @@ def _check_readable(folder: Path, program: Program) -> None:
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
         raise UnsupportedError("it is not the same after saving and loading")
-
-
-def _kept(
-    subject: _Subject, error: BaseException, replayed: frozenset[type[Instrument]]
-) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
-    """The passes to bundle, and sentences on what a bundle cannot hold."""
-    kept: list[Pass] = []
-    left_out: list[str] = []
-    context = subject.run.context
-    for step in subject.steps:
-        needed = subject.failing is None or step is subject.failing
-        problem = _unimportable(step.pass_)
-        wanted = sorted(fact.name.lower() for fact in step.pass_.requires & _UNBUNDLED)
-        if problem:
-            left_out.append(f"{step.label}: {problem}")
-        if wanted:
-            left_out.append(
-                f"{step.label} needs {' and '.join(wanted)}, which no file can hold: replay it "
-                "with planish.passes.debug.bundle.replay(bundle, loss=..., labeled=...)"
-            )
-        if needed or not (problem or wanted):
-            kept.append(step.pass_)
-    if context.loss is not None or context.labeled is not None:
-        if not any("which no file can hold" in sentence for sentence in left_out):
-            left_out.append("loss and labeled data were given; no pass here asks for them")
-    culprit = raised_by(error)
-    if culprit is not None and type(culprit) not in replayed:
-        kind = type(culprit)
-        left_out.append(
-            f"the instrument {kind.__module__}:{kind.__qualname__}, in which the error arose"
-        )
-    return tuple(kept), tuple(left_out)
-
-
-def _unimportable(pass_: Pass) -> str | None:
-    """Why another process cannot import a pass; None where it can."""
-    cls = type(pass_)
-    location = name_of(cls)
-    if ":" not in location:
-        return None
-    if cls.__module__ == "__main__":
-        return f"{location} is part of a script, which another process cannot import"
-    try:
-        found = load_class(location)
-    except RecipeError as error:
-        return error.what
-    return (
-        None if found is cls else f"importing {location} gives another class than the one that ran"
-    )

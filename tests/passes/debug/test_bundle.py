@@ -27,7 +27,6 @@ from planish.ir.program import Program
 from planish.ir.text import text
 from planish.passes.base import Pass
 from planish.passes.debug.bundle import (
-    Bundle,
     Export,
     Facts,
     Failure,
@@ -39,9 +38,7 @@ from planish.passes.debug.bundle import (
     write_bundle,
 )
 from planish.passes.debug.bundle_facts import read_facts
-from planish.passes.debug.bundle_inputs import Inputs, write_inputs
-from planish.passes.debug.bundle_replay import PinnedCompare, drift
-from planish.passes.debug.reproduce import Reproduce
+from planish.passes.debug.bundle_replay import drift
 from planish.passes.instruments import default_instruments
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
@@ -149,31 +146,6 @@ def test_the_readme_names_the_command_and_every_file_with_its_size(folder: Path)
     size = (folder / "program.pt2").stat().st_size
     assert f"{size / 2**10:.1f} KiB" in readme
     assert "    a loss" in readme
-
-
-def test_inputs_of_every_kind_read_back(tmp_path: Path) -> None:
-    first = (
-        torch.randn(4, 3).t(),
-        torch.zeros(0, 2),
-        torch.tensor(3, dtype=torch.int64),
-        torch.randn(3).to(torch.bfloat16),
-        7,
-    )
-    shared = torch.ones(2, dtype=torch.bool)
-    second = (shared, shared, torch.tensor(float("nan")), torch.tensor([1 + 2j]), None)
-    write_inputs(tmp_path / "x.zip", tuple("abcde"), [first, second])
-    found = Inputs(tmp_path / "x.zip")
-    assert found.names == tuple("abcde")
-    assert len(found) == 2
-    for _ in range(2):  # as often as one likes
-        for kept, given in zip(found, (first, second), strict=True):
-            for a, b in zip(kept, given, strict=True):
-                assert type(a) is type(b)
-                if isinstance(a, Tensor) and isinstance(b, Tensor):
-                    assert a.dtype == b.dtype
-                    assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
-                else:
-                    assert a == b
 
 
 # -- damage ---------------------------------------------------------------------------------------
@@ -392,64 +364,7 @@ def test_a_usage_error_of_the_comparison_is_a_failure() -> None:
     assert not is_failure(KeyboardInterrupt())
 
 
-# -- replaying ------------------------------------------------------------------------------------
-
-
-def bundled(program: Program, folder: Path, *passes: Pass) -> Bundle:
-    compare, verify = default_instruments()
-    reproduce = Reproduce(folder, compare=compare)  # type: ignore[arg-type]  # it is CompareEach
-    with pytest.raises(PlanishError) as caught:
-        run_pipeline(program, Recipe(passes), None, [reproduce, compare, verify])
-    assert caught.value.replay is not None
-    return load_bundle(caught.value.replay.split()[-1])
-
-
-def same(bundle: Bundle, program: Program | None = None, **options: Any) -> bool:
-    error = replay(bundle, program, **options)
-    return error is not None and failure_of(error).signature == bundle.failure.signature
-
-
-def test_another_program_may_be_replayed(program: Program, tmp_path: Path) -> None:
-    bundle = bundled(program, tmp_path, failing.Wrong(how="elsewhere"))
-    assert same(bundle)
-    smaller = net(width=2)
-    before = text(smaller)
-    assert same(bundle, smaller)  # other sizes: it takes its own second probe
-    assert text(smaller) == before
-    sound = capture(nn.Linear(2, 2).eval(), (torch.ones(1, 2),))
-    assert not same(bundle, sound)
-
-
-def test_only_the_failing_pass_can_be_replayed(program: Program, tmp_path: Path) -> None:
-    bundle = bundled(program, tmp_path, failing.Wrong(), failing.Crash())
-    assert same(bundle, only_failing=True)
-    softer = capture(nn.Linear(2, 2).eval(), (torch.ones(1, 2),))
-    # There the failing pass meets no activation and stops in another way.
-    other = replay(bundle, softer, only_failing=True)
-    assert other is not None
-    assert failure_of(other).signature == "crash/wrong/StopIteration"
-
-
-def test_the_pinned_probe_is_the_one_of_the_run(tmp_path: Path) -> None:
-    bundle = bundled(net(), tmp_path, failing.Wrong(how="size"))
-    assert bundle.facts.sizes == {"batch": 4}
-    compare = PinnedCompare(bundle)
-    probe = compare.second(bundle.program)
-    assert probe.inputs is not None
-    assert bundle.probe is not None
-    assert torch.equal(probe.inputs[0], next(iter(bundle.probe))[0])
-    assert compare.second(net(width=2)).inputs is not None  # its own: the pinned does not fit
-
-
-def test_bounds_for_another_program_are_never_tighter(program: Program, tmp_path: Path) -> None:
-    bundle = bundled(program, tmp_path, failing.Wrong())
-    bundle.facts = replace(bundle.facts, bounds=(0.25,))
-    assert PinnedCompare(bundle).bounds(bundle.program) == (0.25,)
-    assert PinnedCompare(bundle).bounds(net(width=2)) == (0.25,)
-    bundle.facts = replace(bundle.facts, bounds=(1e-9,))
-    assert PinnedCompare(bundle).bounds(bundle.program) == (1e-9,)
-    two = capture(nn.LSTM(2, 2).eval(), (torch.ones(1, 2),))
-    assert PinnedCompare(bundle).bounds(two) == (1e-4, 1e-4, 1e-4)
+# -- other machines --------------------------------------------------------------------------------
 
 
 def test_what_differs_between_machines_is_listed(folder: Path) -> None:
