@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,27 +20,13 @@ from planish.passes.debug.reproduce import Reproduce
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
 from planish.tools.bench.faults import Planted
-from planish.tools.cli import main
 from planish.tools.predicates import Metric, SlowerThan, read_limit
 from tests.passes.debug.damaging import Damage, chain, least, sound
+from tests.support.command import Call
 
 MODEL = "tests.passes.debug.damaging:chain_of_six"
 DAMAGE = "tests.passes.debug.damaging:Damage"
 RECIPE = f"{DAMAGE},tests.support.example_passes:RoundWeights{{step=0.25}},{DAMAGE}{{at=[3]}}"
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["planish", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
 
 
 def not_a_number(model: nn.Module) -> str:

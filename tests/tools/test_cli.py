@@ -6,32 +6,15 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import planish
-from planish.tools.cli import COMMANDS, main
+from planish.tools.cli import COMMANDS
+from tests.support.command import Call
 
 MODEL = "tests.support.tiny:conv_bn"
-
-
-def call(
-    arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    """Run ``planish`` in this process; its exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["planish", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    captured = capsys.readouterr()
-    code = stopped.value.code
-    return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-
-@pytest.fixture
-def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    return lambda *arguments: call(arguments, capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +28,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_examples(command: str, planish_) -> None:  # type: ignore[no-untyped-def]
+def test_every_command_has_help_with_examples(command: str, planish_: Call) -> None:
     code, out, _ = planish_(command, "--help")
     assert code == 0
     assert f"planish {command}" in out.split("Examples:")[1]
@@ -57,7 +40,7 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)
 
 
-def test_optimize_writes_the_file_and_prints_the_table(planish_, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_optimize_writes_the_file_and_prints_the_table(planish_: Call, tmp_path: Path) -> None:
     out_file, report = tmp_path / "net.onnx", tmp_path / "net.json"
     code, out, err = planish_("optimize", MODEL, "-o", str(out_file), "--report", str(report))
     assert code == 0
@@ -72,7 +55,7 @@ def test_optimize_writes_the_file_and_prints_the_table(planish_, tmp_path: Path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.json", "net.onnx"]
 
 
-def test_optimize_json_is_json_alone(planish_) -> None:  # type: ignore[no-untyped-def]
+def test_optimize_json_is_json_alone(planish_: Call) -> None:
     code, out, _ = planish_("optimize", MODEL, "--recipe", "fold-batch-norm", "--json", "--quiet")
     facts = json.loads(out)
     assert code == 0
@@ -81,7 +64,7 @@ def test_optimize_json_is_json_alone(planish_) -> None:  # type: ignore[no-untyp
     assert facts["fidelity"]["cosine"] == pytest.approx(1.0)
 
 
-def test_export_is_portable_and_checked(planish_, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_export_is_portable_and_checked(planish_: Call, tmp_path: Path) -> None:
     import onnx
 
     path = tmp_path / "net.onnx"
@@ -96,7 +79,7 @@ def test_export_is_portable_and_checked(planish_, tmp_path: Path) -> None:  # ty
     assert len(facts["probes"]) >= 2
 
 
-def test_show_prints_the_program(planish_) -> None:  # type: ignore[no-untyped-def]
+def test_show_prints_the_program(planish_: Call) -> None:
     code, out, _ = planish_("show", MODEL, "--quiet")
     assert code == 0
     assert out.startswith("program(%image: f32[batch, 3, 8, 8])\n")
@@ -105,14 +88,14 @@ def test_show_prints_the_program(planish_) -> None:  # type: ignore[no-untyped-d
     assert "aten.batch_norm" not in out
 
 
-def test_show_counts_what_the_model_costs(planish_) -> None:  # type: ignore[no-untyped-def]
+def test_show_counts_what_the_model_costs(planish_: Call) -> None:
     _, out, _ = planish_("show", MODEL, "--cost", "--json", "--quiet")
     facts = json.loads(out)
     assert facts["macs"] == 8 * 3 * 9 * 6 * 6  # a batch of one
     assert facts["parameters"] == 8 * 3 * 9 + 8 + 4 * 8
 
 
-def test_passes_lists_and_explains(planish_) -> None:  # type: ignore[no-untyped-def]
+def test_passes_lists_and_explains(planish_: Call) -> None:
     code, out, _ = planish_("passes", "--json")
     table = {entry["name"]: entry for entry in json.loads(out)}
     assert code == 0
@@ -125,7 +108,7 @@ def test_passes_lists_and_explains(planish_) -> None:  # type: ignore[no-untyped
     assert "fold-batch-norm" in err
 
 
-def test_run_pass_shows_the_diff_and_saves(planish_, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_run_pass_shows_the_diff_and_saves(planish_: Call, tmp_path: Path) -> None:
     saved = tmp_path / "after.pt2"
     code, out, _ = planish_("run-pass", MODEL, "fold-batch-norm", "-o", str(saved), "--quiet")
     assert code == 0
@@ -136,7 +119,7 @@ def test_run_pass_shows_the_diff_and_saves(planish_, tmp_path: Path) -> None:  #
     assert "aten.batch_norm" not in out
 
 
-def test_compare_tells_equal_from_different(planish_, artifact: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_compare_tells_equal_from_different(planish_: Call, artifact: Path, tmp_path: Path) -> None:
     code, out, _ = planish_("compare", MODEL, str(artifact), "--quiet")
     assert code == 0
     assert out.startswith("ok")
@@ -149,7 +132,7 @@ def test_compare_tells_equal_from_different(planish_, artifact: Path, tmp_path: 
     assert code == 0
 
 
-def test_bench_compares_two_files(planish_, artifact: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bench_compares_two_files(planish_: Call, artifact: Path) -> None:
     arguments = ("--rounds", "2", "--size", "batch=3", "--json", "--quiet")
     code, out, _ = planish_("bench", str(artifact), str(artifact), *arguments)
     facts = json.loads(out)
@@ -159,7 +142,7 @@ def test_bench_compares_two_files(planish_, artifact: Path) -> None:  # type: ig
     assert facts["candidates"][1]["fidelity"]["equal"]
 
 
-def test_doctor_finds_no_problem_here(planish_) -> None:  # type: ignore[no-untyped-def]
+def test_doctor_finds_no_problem_here(planish_: Call) -> None:
     code, out, _ = planish_("doctor", "--json")
     facts = json.loads(out)
     assert (code, facts["problems"]) == (0, [])
@@ -191,8 +174,8 @@ def test_doctor_finds_no_problem_here(planish_) -> None:  # type: ignore[no-unty
         (["show", "missing.pt2"], 2, "missing.pt2"),
     ],
 )
-def test_usage_errors_name_what_is_wrong(  # type: ignore[no-untyped-def]
-    arguments: list[str], code: int, fragment: str, planish_, tmp_path: Path, monkeypatch
+def test_usage_errors_name_what_is_wrong(
+    arguments: list[str], code: int, fragment: str, planish_: Call, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     got, _, err = planish_(*arguments)
@@ -201,7 +184,7 @@ def test_usage_errors_name_what_is_wrong(  # type: ignore[no-untyped-def]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_no_model(planish_, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_folder_that_is_no_model(planish_: Call, tmp_path: Path) -> None:
     code, _, err = planish_("show", str(tmp_path))
     assert code == 2
     assert "no config.json" in err

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,25 +15,8 @@ from planish.ir import capture, load, save
 from planish.ir.textdiff import compare
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
-from planish.tools.cli import main
+from tests.support.command import Call
 from tests.support.tiny import conv_bn
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """``planish`` in this process: its exit code, stdout and stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["planish", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

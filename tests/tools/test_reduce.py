@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,10 @@ from torch import Tensor, nn
 
 import planish
 from planish.passes.base import Pass
-from planish.tools.cli import main
 from tests.passes.debug.faulty import Faulty
+from tests.support.command import Call
 from tests.support.example_passes import SwapActivation
 from tests.support.real_models import inputs, loaded
-
-Call = Callable[..., tuple[int, str, str]]
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "from planish.tools.cli import main; main()"]
@@ -26,19 +23,6 @@ COMMAND = [sys.executable, "-c", "from planish.tools.cli import main; main()"]
 class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(torch.relu(x * 2) + 1)
-
-
-@pytest.fixture
-def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["planish", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

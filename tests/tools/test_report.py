@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from planish.tools.cli import main
+from tests.support.command import Call
 
 MODEL = "tests.support.tiny:conv_bn"
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run ``planish`` in this process; its exit code, stdout and stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["planish", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
 
 
 def data_of(html: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 
 import planish
 from planish.ir.files import save
-from planish.tools.cli import main
+from tests.support.command import Call
 from tests.support.failing_passes import Crash, Wrong
-
-Call = Callable[..., tuple[int, str, str]]
 
 
 class Net(nn.Module):
@@ -26,19 +23,6 @@ class Net(nn.Module):
 class Other(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * 2
-
-
-@pytest.fixture
-def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["planish", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
 
 
 def failed(folder: Path) -> planish.PlanishError:

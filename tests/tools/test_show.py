@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,26 +11,10 @@ from rich.console import Console
 
 import planish.tools.show
 from planish.ir import capture, save
-from planish.tools.cli import main
+from tests.support.command import Call
 from tests.support.tiny import conv_bn
 
 SWAP = "tests.support.example_passes:SwapActivation"
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """``planish`` in this process: its exit code, stdout and stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["planish", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -17,8 +15,8 @@ from click.testing import CliRunner
 import planish
 from planish.ir import capture, load, save, text
 from planish.ir.textdiff import compare
-from planish.tools.cli import main
 from planish.tools.watching import Watching, watching
+from tests.support.command import Call
 from tests.support.real_models import inputs, loaded
 from tests.support.tiny import conv_bn
 
@@ -26,24 +24,6 @@ MODEL = "tests.support.tiny:conv_bn"
 ROUND = "tests.support.example_passes:RoundWeights"
 SWAP = "tests.support.example_passes:SwapActivation"
 RECIPE = f"fold-batch-norm,{SWAP},remove-identities"
-Call = Callable[..., tuple[int, str, str]]
-
-
-def call(
-    arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    """Run ``planish`` in this process; its exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["planish", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    captured = capsys.readouterr()
-    code = stopped.value.code
-    return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-
-@pytest.fixture
-def planish_(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    return lambda *arguments: call(arguments, capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
