@@ -175,7 +175,12 @@ def test_doctor_finds_no_problem_here(planish_: Call) -> None:
     ],
 )
 def test_usage_errors_name_what_is_wrong(
-    arguments: list[str], code: int, fragment: str, planish_: Call, tmp_path: Path, monkeypatch
+    arguments: list[str],
+    code: int,
+    fragment: str,
+    planish_: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     got, _, err = planish_(*arguments)
