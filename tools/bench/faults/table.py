@@ -121,7 +121,11 @@ def run(faults: Sequence[Fault], options: argparse.Namespace) -> list[Row]:
     reduced = spread(small, options.reduce)
     models: dict[str, list[str]] = {}
     known = read_results(results_file()) if options.resume else {}
-    rows = [known[f.name] for f in faults if f.name in known and _enough(known[f.name], options)]
+    rows = [
+        known[f.name]
+        for f in faults
+        if f.name in known and _enough(known[f.name], options, reduced)
+    ]
     done = {row.trial.fault for row in rows}
     for fault in (fault for fault in faults if fault.name not in done):
         models.setdefault(f"{fault.model} {fault.recipe}", []).append(fault.name)
@@ -141,11 +145,16 @@ def run(faults: Sequence[Fault], options: argparse.Namespace) -> list[Row]:
     return sorted(rows, key=lambda row: order.index(row.trial.fault))
 
 
-def _enough(row: Row, options: argparse.Namespace) -> bool:
+def _enough(row: Row, options: argparse.Namespace, reduced: Sequence[str]) -> bool:
     """Whether a row holds all that is asked for."""
-    caught = row.trial.caught is not None
-    bisection = row.bisected is not None or not options.bisect
-    return not caught or (bisection and (row.replayed is not None or not options.repro))
+    bisection, replay = row.bisected, row.replayed
+    if row.trial.caught is None:
+        return True
+    if row.trial.fault in reduced and (replay is None or replay.left is None):
+        return False
+    return (bisection is not None or not options.bisect) and (
+        replay is not None or not options.repro
+    )
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
