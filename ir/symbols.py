@@ -3,7 +3,7 @@
 All versions of a program share one table of symbols. A pass that asks whether a size is 3 makes
 torch write down that it is: every program of the run, also the one before the pass, has a fixed
 size from then on. Whoever needs the program as the pass met it (to probe it at other sizes, to save
-it) looks at it within ``Symbols.restored``.
+it) looks at it within ``Symbols.restored``. Symbols that came later stay as they are.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ class Symbols:
         Returns:
             Whether a size had become fixed, or equal to another.
         """
-        later = self._copy()
+        later, new = self._copy(), self._new()
         if later == self._known:
             return False
         self._put(self._known)
-        return bool(later[0] != self._known[0])
+        was, now = self._known[0], later[0]
+        return any(now[symbol] != was.get(symbol) for symbol in now.keys() - new)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -49,6 +50,12 @@ class Symbols:
         finally:
             self._put(later)
 
+    def _new(self) -> frozenset[Any]:
+        """Symbols that came since this was made; every symbol has a range."""
+        if self._table is None:
+            return frozenset()
+        return frozenset(self._table.var_to_range.keys() - self._known[1].keys())
+
     def _copy(self) -> tuple[Any, ...]:
         table = self._table
         if table is None:
@@ -59,10 +66,13 @@ class Symbols:
     def _put(self, known: tuple[Any, ...]) -> None:
         table = self._table
         *dicts, divisible, guards = known
+        new = self._new()
         for name, values in zip(_DICTS, dicts, strict=True):
             held = getattr(table, name)
+            # What was not there then (the count that a new nonzero gives) is no news of what was.
+            later = {key: value for key, value in held.items() if key in new}
             held.clear()
-            held.update(values)
+            held.update({**values, **later})
         table.divisible = set(divisible)
         table.guards[:] = guards
         # Torch keeps what it derived from the table under these numbers.

@@ -91,3 +91,18 @@ def test_a_program_without_dynamic_sizes_has_nothing_to_restore() -> None:
     assert not symbols.restore()
     with symbols.restored():
         assert header(program) == "program(%input: f32[2])"
+
+
+def test_symbols_that_came_later_stay() -> None:
+    program = traced()
+    symbols = Symbols(program)
+    with program.fake_mode:
+        found = torch.nonzero(program.placeholders[0].meta["val"])
+    assert not symbols.restore()
+    with symbols.restored(), program.fake_mode:
+        assert (found + 1).shape[1] == 2
+        assert not bool(found.shape[0] < 0)  # its range is known still
+    fix(program)
+    assert symbols.restore()
+    assert header(program) == FREE
+    assert not bool(found.shape[0] < 0)

@@ -95,6 +95,7 @@ def in_place(name: str, *more: Any) -> Edit:
 RIGHT: dict[str, Edit] = {
     "another operator": calls("relu", aten.clamp_min.default, 0),
     "bypassed": bypass("mul"),
+    "bypassed to the input": bypass("add"),
     "equal constant": new_scale(1.0),
     "another number": calls("add", aten.add.Tensor, 0),
     "edited in place": in_place("add", 0),
@@ -231,16 +232,63 @@ def test_a_negative_zero_is_not_a_zero() -> None:
     assert not Proof(program, after, changes).holds((torch.zeros(3, 4),))
 
 
-def test_nan_proves_nothing_and_other_strides_neither() -> None:
-    program = with_early(torch.relu, torch.zeros(3, 4))
-    after, changes = edited(program, calls("relu", aten.clamp_min.default, 0))
+def test_nan_is_compared_by_its_bits_and_other_strides_are_not_shown() -> None:
+    program = with_early(torch.abs, torch.zeros(3, 4))
+    after, changes = edited(program, calls("abs_1", aten.sqrt.default))
     proof = Proof(program, after, changes)
     assert proof.holds((torch.ones(3, 4),))
-    assert not proof.holds((torch.full((3, 4), torch.nan),))
+    assert not proof.holds((torch.full((3, 4), -1.0),))  # NaN, where it was a number
+    after, changes = edited(program, calls("abs_1", aten.abs.default))
+    assert Proof(program, after, changes).holds((torch.full((3, 4), torch.nan),))
     flat = with_early(lambda x: x[:1].expand(4, 4) * 1.0, torch.ones(4, 4))
     last = next(n.name for n in flat.operators if n.target is aten.mul.Tensor)
     wide, changes = edited(flat, bypass(last))
     assert not Proof(flat, wide, changes).holds((torch.ones(4, 4),))
+
+
+def recomputed(target: Any, *more: Any) -> Edit:
+    """Put an equal value with memory of its own in the place of the first result of a target."""
+
+    def edit(rewriter: Rewriter, program: Program) -> None:
+        node = next(n for n in program.operators if n.target is target)
+        rewriter.insert_before(node)
+        again = rewriter.call(target, node.args, node.kwargs, like=node)
+        rewriter.replace(node, rewriter.call(aten.clone.default, (again,), like=node))
+
+    return edit
+
+
+def test_what_reads_memory_around_a_view_is_run() -> None:
+    program = with_early(
+        lambda x: torch.as_strided(torch.relu(x)[1:], (3, 4), (4, 1), 0), torch.rand(4, 4)
+    )
+    after, changes = edited(program, recomputed(aten.slice.Tensor))
+    assert not torch.equal(*(run(p, program.samples[0])[0] for p in (program, after)))
+    assert not Proof(program, after, changes).possible
+
+
+def test_a_conjugation_that_is_put_off_is_not_shown() -> None:
+    def early(x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.conj_physical(torch.view_as_complex(x.reshape(3, 2, 2))))
+
+    program = with_early(lambda x: early(x).reshape(3, 4), torch.ones(3, 4))
+
+    def lazily(rewriter: Rewriter, p: Program) -> None:
+        node = next(n for n in p.operators if n.target is aten.conj_physical.default)
+        rewriter.insert_before(node)
+        rewriter.replace(node, rewriter.call(aten._conj.default, node.args, like=node))
+
+    after, changes = edited(program, lazily)
+    proof = Proof(program, after, changes)
+    assert proof.possible
+    assert not proof.holds(program.samples[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.complex64])
+def test_rare_types_are_compared(dtype: torch.dtype) -> None:
+    program = with_early(lambda x: torch.relu(x).to(dtype).to(torch.float32), torch.ones(3, 4))
+    after, changes = edited(program, recomputed(aten.to.dtype))
+    assert Proof(program, after, changes).holds(program.samples[0])
 
 
 def test_a_program_that_draws_random_numbers_is_run() -> None:
