@@ -49,6 +49,20 @@ def test_batches_of_very_different_scale_are_brought_to_one() -> None:
     assert found.sqnr_db == pytest.approx(20 * math.log10(2))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_scaled_sums_weigh_as_much_as_the_others(order: int) -> None:
+    # Squares of the first are summed at another scale than those of the second.
+    scaled = torch.tensor([3e100, 1e100], dtype=torch.float64)
+    plain = torch.tensor([5e99, 9e99], dtype=torch.float64)
+    wrong = torch.tensor([1.5, -2.0], dtype=torch.float64)
+    pairs = [(scaled, scaled * wrong), (plain, plain * wrong)][::order]
+    found = accumulated(*pairs).fidelity()
+    b, a = (torch.cat(side) / 1e99 for side in zip(*pairs, strict=True))
+    assert found.rel_l2 == pytest.approx(float((a - b).norm() / b.norm()))
+    assert found.cosine == pytest.approx(float(a @ b / a.norm() / b.norm()))
+    assert found.max_abs == pytest.approx(3e100)
+
+
 def test_each_part_is_measured_by_itself_and_the_worst_counts() -> None:
     big, small = 1000 * normal((4,), 0), normal((4,), 1)
     found = accumulated(((big, small), (big, 2 * small))).fidelity()

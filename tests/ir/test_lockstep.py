@@ -162,3 +162,48 @@ def test_a_dropout_that_is_off_draws_nothing(rate: float, training: bool) -> Non
     draws = {node.target for node in program.operators if is_random(node)}
     expected = {aten.dropout.default: training, aten.scaled_dot_product_attention.default: rate > 0}
     assert draws == {target for target, drawn in expected.items() if drawn}
+
+
+def test_what_draws_nothing_is_not_random() -> None:
+    program = capture(Draws().eval(), (torch.zeros(3, 4),))
+    drawn = [node.name for node in program.graph.nodes if is_random(node)]
+    assert drawn == ["rand_like", "rand_like_1"]
+
+
+def test_values_that_waited_are_freed_while_others_are_computed() -> None:
+    first = captured(deep(60), torch.randn(BATCH, WIDTH))
+    second = first.clone()
+    met: list[int] = []
+    one, two = first.operators, second.operators
+    crossed = [(one[i], two[10 * (i // 10) + 9 - i % 10]) for i in range(60)]
+    meetings = [Meeting(((0, a), (1, b)), append(met, i)) for i, (a, b) in enumerate(crossed)]
+    with LiveBytes() as live:
+        lockstep([first, second], (torch.randn(BATCH, WIDTH),), meetings)
+    assert met == list(range(60))
+    assert live.peak <= (10 + 4) * BATCH * WIDTH * 4
+
+
+def test_a_value_waits_for_all_its_meetings() -> None:
+    program = captured(deep(12), torch.randn(BATCH, WIDTH))
+    early, *others = program.operators
+    met: list[Any] = []
+    meetings = [Meeting(((0, early), (0, late)), met.append) for late in others]
+    inputs = (torch.randn(BATCH, WIDTH),)
+    assert lockstep([program], inputs, meetings, to_end=False) == ((),)
+    alone: dict[str, Tensor] = {}
+    run(program, inputs, observe=noting(alone))
+    assert [torch.equal(a, alone[early.name]) for a, _ in met] == [True] * 11
+    for (_, value), late in zip(met, others, strict=True):
+        assert torch.equal(value, alone[late.name])
+
+
+def test_observers_see_every_operator_of_their_program() -> None:
+    program = captured(deep(4), torch.randn(BATCH, WIDTH))
+    other = program.clone()
+    inputs = (torch.randn(BATCH, WIDTH),)
+    alone: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    run(program, inputs, observe=noting(alone))
+    lockstep([other, program], inputs, [], observe={1: noting(seen)})
+    assert list(seen) == [node.name for node in program.operators]
+    assert all(torch.equal(seen[name], value) for name, value in alone.items())
