@@ -312,7 +312,8 @@ def _broken(step: Step, result: PassResult, probe: _Probe, problem: str) -> Veri
     return VerificationError(
         f"it is {step.pass_.contract.value}, and at {probe.name} {problem}",
         where=_where(step, result),
-        hint="`planish bisect` names the rewrite at fault; leave the pass out of the recipe until then",
+        hint="`planish bisect` names the rewrite at fault; until then leave the pass out of the "
+        "recipe",
     )
 
 

@@ -71,7 +71,8 @@ class Proof:
             return
         if any(not node.users and node not in same for node in after.operators):
             return  # something that acts by itself, and may fail
-        self.claims = [_claim(new, old, sure, same, after) for new, old, sure in claimed]
+        order = {node: number for number, node in enumerate(after.graph.nodes)}
+        self.claims = [_claim(new, old, sure, same, order) for new, old, sure in claimed]
         place = {node: number for number, node in enumerate(before.operators, 1)}
         needed = [n for c in self.claims for n in (c.old, *c.feeds.values())]
         last = max((place.get(node, 0) for node in needed), default=0)
@@ -141,7 +142,11 @@ def _same(
 
 
 def _claim(
-    new: Node, old: Node, sure: list[Node], same: Mapping[Node, list[Node]], after: Program
+    new: Node,
+    old: Node,
+    sure: list[Node],
+    same: Mapping[Node, list[Node]],
+    order: Mapping[Node, int],
 ) -> _Claim:
     feeds: dict[Node, Node] = {}
     computed: set[Node] = set()
@@ -156,8 +161,7 @@ def _claim(
         elif node not in computed:
             computed.add(node)
             pending.extend(node.all_input_nodes)
-    order = tuple(node for node in after.graph.nodes if node in computed)
-    return _Claim(old, new, order, feeds)
+    return _Claim(old, new, tuple(sorted(computed, key=order.__getitem__)), feeds)
 
 
 def _same_call(node: Node, old: Node, same: Mapping[Node, list[Node]]) -> bool:

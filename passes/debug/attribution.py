@@ -112,6 +112,7 @@ class Sweep:
         self.rewritten = rewritten(before, after, found)
         old = {n.name: n for n in original.graph.nodes}
         fixed = fixed_nodes(after)
+        place = {node: position for position, node in enumerate(after.graph.nodes)}
         shared: dict[tuple[Node, Node], tuple[Accumulator, Accumulator | None]] = {}
         self._errors: list[_Errors] = []
         self._meetings: list[Meeting] = []
@@ -122,7 +123,7 @@ class Sweep:
                 shared[both] = self._compare(item, first)
             errors = _Errors(Accumulator(), *shared[both])
             self._errors.append(errors)
-            plan = replay(after, found, fixed, item.change, item.node, reader=item.reader)
+            plan = replay(after, found, fixed, item.change, item.node, place, reader=item.reader)
             self._meetings.append(_alone(item, plan, errors.own))
 
     def _compare(

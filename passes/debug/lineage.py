@@ -107,18 +107,14 @@ def _latest(found: list[tuple[Node, Change]]) -> tuple[tuple[Node, Change], ...]
     """Leave out what another one is computed from."""
     if len(found) < 2:
         return tuple(found)
-    nodes = [node for node, _ in found]
-    behind = {node: _ancestors(node) for node in nodes}
-    return tuple(
-        (node, change)
-        for node, change in found
-        if not any(node in behind[other] for other in nodes if other is not node)
-    )
+    behind = _ancestors([node for node, _ in found])
+    return tuple((node, change) for node, change in found if node not in behind)
 
 
-def _ancestors(node: Node) -> set[Node]:
+def _ancestors(nodes: Sequence[Node]) -> set[Node]:
+    """Everything that any of these nodes is computed from."""
     seen: set[Node] = set()
-    pending = [node]
+    pending = list(nodes)
     while pending:
         fresh = [n for n in pending.pop().all_input_nodes if n not in seen]
         seen.update(fresh)

@@ -75,6 +75,7 @@ def replay(
     fixed: Container[Node],
     change: Change,
     root: Node,
+    place: Mapping[Node, int],
     *,
     reader: bool,
 ) -> Replay:
@@ -87,6 +88,7 @@ def replay(
             anew, since a constant of the site may be among theirs.
         change: the site that is to act alone.
         root: the value.
+        place: node of ``after`` -> its position.
         reader: whether the root itself was left alone and reads a constant of the site.
     """
     computed: set[Node] = set()
@@ -105,7 +107,7 @@ def replay(
         else:
             computed.add(node)
             pending.extend(node.all_input_nodes)
-    order = tuple(node for node in after.graph.nodes if node in computed)
+    order = tuple(sorted(computed, key=place.__getitem__))
     return Replay(root, order, feeds, _frees(order, root), after)
 
 
