@@ -106,6 +106,19 @@ def test_macs_by_hand(name: str) -> None:
     assert cost(program_of(function, *shapes)).macs == expected
 
 
+# torch fixes every size of a plain RNN.
+@pytest.mark.parametrize("name", [name for name in (*COUNTED, *BY_HAND) if name != "rnn"])
+def test_dynamic_sizes_cost_the_same(name: str) -> None:
+    function, shapes = (COUNTED.get(name) or BY_HAND[name])[:2]
+    static = program_of(function, *shapes)
+    module = function if isinstance(function, nn.Module) else Call(function)
+    free = tuple(dict.fromkeys(range(len(shape)), Dim.AUTO) for shape in shapes)
+    dynamic_shapes: Any = free if isinstance(function, nn.Module) else (free,)
+    program = capture(module.eval(), static.samples[0], dynamic_shapes=dynamic_shapes)
+    assert program.signature.symbols
+    assert macs_by_operator(program) == macs_by_operator(static)
+
+
 class Tied(nn.Module):
     steps: Tensor
 
@@ -145,6 +158,23 @@ def test_derived_sizes_are_solved_for_the_sample() -> None:
     sizes = ({0: 2 * Dim("half")},)
     program = capture(Call(halves).eval(), (torch.randn(12),), dynamic_shapes=(sizes,))
     assert cost(program).macs == 2 * 6 * 2
+
+
+def test_the_first_sample_counts_and_not_the_one_that_was_traced() -> None:
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return x @ y
+
+    rows = Dim("rows")
+    sizes = ({0: 2 * rows}, {1: Dim("columns")})
+    program = capture(
+        Call(product).eval(), (torch.randn(6, 4), torch.randn(4, 5)), dynamic_shapes=(sizes,)
+    )
+    assert cost(program).macs == 6 * 4 * 5
+    large, small = (torch.randn(10, 4), torch.randn(4, 7)), (torch.randn(2, 4), torch.randn(4, 1))
+    program.samples = (large, small)
+    assert cost(program).macs == 10 * 4 * 7
+    program.samples = ()
+    assert cost(program).macs == 6 * 4 * 5
 
 
 def test_the_dearer_branch_counts() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule
 
 from planish.ir import Rewriter, capture, from_exported, text
 from planish.ir.exported import to_exported_program
@@ -160,3 +161,52 @@ def test_a_program_without_samples_has_no_example_inputs() -> None:
     _, program = net_program()
     program.samples = ()
     assert to_exported_program(program).example_inputs is None
+
+
+def test_the_bodies_of_branches_are_left_alone() -> None:
+    program = branch_program()
+    bodies = [c for c in program.constants.values() if isinstance(c, GraphModule)]
+    assert bodies
+
+    def state() -> list[Any]:
+        return [(n.name, str(n.args), sorted(n.meta)) for b in bodies for n in b.graph.nodes]
+
+    before = state()
+    exported = to_exported_program(program)
+    assert state() == before
+    held = [m for m in exported.graph_module.children() if isinstance(m, GraphModule)]
+    assert held
+    assert not {id(b.graph) for b in bodies} & {id(h.graph) for h in held}
+
+
+def test_it_is_what_torch_export_gives() -> None:
+    _, program = net_program()
+    assert to_exported_program(program).dialect == "TRAINING"
+
+
+def test_a_constant_without_a_type_gets_one() -> None:
+    model, program = net_program()
+    for node in program.graph.find_nodes(op="get_attr"):
+        del node.meta["val"]
+    exported = to_exported_program(program)
+    lifted = [n for n in exported.graph.nodes if n.name.startswith("b_")]
+    assert len(lifted) == len(program.constants)
+    for spec, node in zip(exported.graph_signature.input_specs, lifted, strict=False):
+        constant = program.constants[str(spec.target)]
+        assert node.meta["val"].shape == constant.shape  # type: ignore[union-attr]
+    args, kwargs = net_inputs(3)
+    assert_same(model(*args, **kwargs), quietly(exported, *args, **kwargs))
+
+
+def test_a_size_that_the_data_decides_keeps_its_range() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.nonzero() * 2
+
+    program = capture(Counts().eval(), (torch.tensor([0.0, 1.0, 2.0]),))
+    exported = to_exported_program(program)
+    (symbol,) = exported.range_constraints
+    table = program.fake_mode.shape_env
+    assert table is not None
+    assert exported.range_constraints[symbol] == table.var_to_range[symbol]
+    assert quietly(exported, torch.tensor([0.0, 1.0, 0.0])).shape == (1, 1)
