@@ -109,7 +109,8 @@ class Proof:
 
 def _beyond_values(node: Node) -> bool:
     """Whether a result hangs on more than operands: on random numbers, or memory around a view."""
-    return is_random(node) or "as_strided" in str(node.target)
+    reads_around = ("as_strided", "storage_offset")
+    return is_random(node) or any(name in str(node.target) for name in reads_around)
 
 
 def _same(

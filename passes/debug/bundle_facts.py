@@ -125,7 +125,7 @@ def read_facts(folder: Path) -> Facts:
         )
     try:
         return _facts(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _damaged(path, error) from error
 
 

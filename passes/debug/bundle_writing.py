@@ -135,5 +135,9 @@ def _move(partial: Path, final: Path) -> None:
         if not final.is_dir():
             raise
         final.rename(aside)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except OSError:
+            aside.rename(final)
+            raise
         shutil.rmtree(aside, ignore_errors=True)

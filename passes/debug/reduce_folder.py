@@ -160,7 +160,12 @@ def move(written: Path, folder: Path) -> None:
     try:
         if folder.exists():
             folder.rename(aside)
-        written.rename(folder)
+        try:
+            written.rename(folder)
+        except OSError:
+            if aside.exists():
+                aside.rename(folder)
+            raise
     except OSError as error:
         raise _unwritable(folder, error) from error
     shutil.rmtree(aside, ignore_errors=True)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import planish
+from planish.ir.errors import ExportError
 from planish.passes.base import Pass
+from planish.passes.debug.reduce_folder import move
 from tests.passes.debug.faulty import Faulty
 from tests.support.command import Call
 from tests.support.example_passes import SwapActivation
@@ -163,3 +165,13 @@ def test_minilm_loses_nine_tenths_of_its_operators(
     )
     assert replayed.returncode == 0, replayed.stderr
     assert json.loads(replayed.stdout)["reproduced"] is True
+
+
+def test_a_bundle_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "reduced"
+    folder.mkdir()
+    (folder / "repro.json").write_text("{}")
+    with pytest.raises(ExportError, match="could not be written"):
+        move(tmp_path / "missing", folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["reduced"]
+    assert (folder / "repro.json").read_text() == "{}"

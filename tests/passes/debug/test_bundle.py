@@ -1,6 +1,7 @@
 """Bundles on disk: what is in them, what damage is said, and when two failures are one."""
 
 import json
+import math
 import pickle  # noqa: TID251 - to make files that must be refused
 import stat
 import zipfile
@@ -223,6 +224,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown verify": (edited(verify=["each"]), "is none of each, end, off"),
     "failure is a text": (edited(failure="bad"), "repro.json is damaged: TypeError"),
     "bounds are a text": (edited(bounds="abc"), "repro.json is damaged: ValueError"),
+    "an infinite seed": (edited(seed=math.inf), "repro.json is damaged: OverflowError"),
     "no program": (removed("program.pt2"), "has no program.pt2"),
     "half a program": (truncated("program.pt2"), "program.pt2 is damaged"),
     "a program of torch": (foreign_program, "is not a program that planish saved"),
