@@ -171,9 +171,10 @@ def _sample_sizes(program: Program, sample: int) -> dict[str, int]:
             known = expr.xreplace(_values(sizes, expr))
             unknown = list(known.free_symbols)
             if len(unknown) == 1:
-                roots = [
-                    r for r in sympy.solve(known - size, unknown[0]) if r.is_Integer and r >= 0
-                ]
+                # torch's symbols are positive, and a sample may be empty.
+                plain = sympy.Dummy(integer=True)
+                solved = sympy.solve(known.xreplace({unknown[0]: plain}) - size, plain)
+                roots = [r for r in solved if r.is_Integer and r >= 0]
                 if roots:
                     sizes[str(unknown[0])] = int(roots[0])
     unsolved = [symbol for symbol, size in sizes.items() if size < 0]
