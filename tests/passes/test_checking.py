@@ -258,3 +258,133 @@ def test_a_rejected_attempt_leaves_the_random_numbers_of_the_next_as_they_are() 
     assert len(found.records[0].remarks) == len(compare.reference.rejected)
     again = go(program, SwapActivation(), SwapActivation(), instruments=[compare])
     assert again.records[1].remarks == ()
+
+
+# -- what messages and remarks name ---------------------------------------------------------------
+
+
+def test_three_rewrites_are_named_and_the_others_counted(program: Program) -> None:
+    for count, more in ((3, ""), (4, "; and 1 more rewrites"), (6, "; and 3 more rewrites")):
+        with pytest.raises(VerificationError) as caught:
+            go(program, edits(*[shift(0.1)] * count), instruments=[CompareEach()])
+        (where,) = [line for line in str(caught.value).splitlines() if "edit at add" in line]
+        assert where.count("edit at add") == 3
+        assert where.count("return torch.relu(self.linear(x)) + 0.5)") == 3
+        assert where.endswith(f"+ 0.5){more}")
+        assert "\n-  %" in str(caught.value).replace("    ", "")
+
+
+def test_a_rewrite_of_no_source_is_named_alone(program: Program) -> None:
+    def unsourced(p: Program, context: PassContext) -> PassResult:
+        p.operators[-1].meta.pop("stack_trace")
+        return edits(shift(0.1)).run(p, context)
+
+    with pytest.raises(VerificationError) as caught:
+        go(program, calling(unsourced), instruments=[CompareEach()])
+    assert "edit at add\n" in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (3, ""), (4, ", and 1 more")])
+def test_rewrites_that_left_nothing_to_measure_are_named(
+    program: Program, count: int, more: str
+) -> None:
+    def outputs(p: Program, context: PassContext) -> PassResult:
+        """Rewrite one value again and again: only the last one is left."""
+        rewriter = Rewriter(p, "calls", context.sites)
+        for number in range(count + 1):
+            add: Any = p.operators[-1]
+            with rewriter.site("edit", add):
+                new = rewriter.call(add.target, (add.args[0], 0.5 + number / 8), like=add)
+                rewriter.replace(add, new)
+        return PassResult(rewriter.finish(), tuple(rewriter.changes))
+
+    found = go(program, calling(outputs, contract=Contract.LOSSY), instruments=[CompareEach()])
+    record = found.records[0]
+    shown = ", ".join(f"edit at {c.node}" for c in record.changes[: min(count, 3)])
+    assert record.remarks == (
+        f"{count} of {count + 1} rewrites left no value that could be measured by itself: "
+        f"{shown}{more}",
+    )
+
+
+# -- what lossy passes may and may not give -------------------------------------------------------
+
+
+class Edges(nn.Module):
+    """Infinite where x is 0, and not a number where it is negative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(x) + 0.5
+
+
+def test_what_was_not_finite_before_may_be_anything_after() -> None:
+    program = capture(Edges().eval(), (torch.tensor([0.0, 1.0, 2.0, -1.0]),))
+    found = go(program, edits(shift(0.1), contract=Contract.LOSSY), instruments=[CompareEach()])
+    fidelity = found.records[0].fidelity
+    assert fidelity is not None
+    assert fidelity.max_abs == pytest.approx(0.1)
+
+    def finite(p: Program, rewriter: Rewriter) -> None:
+        add: Any = p.operators[-1]
+        whole = rewriter.call(aten.nan_to_num.default, (add.args[0],), like=add)
+        rewriter.set_args(add, (whole, 0.5))
+
+    found = go(program, edits(finite, contract=Contract.LOSSY), instruments=[CompareEach()])
+    fidelity = found.records[0].fidelity
+    assert fidelity is not None
+    assert fidelity.max_abs == float("inf")
+
+
+def test_a_value_of_another_shape_than_its_type_is_told_as_it_is(program: Program) -> None:
+    def lies(p: Program, context: PassContext) -> PassResult:
+        (relu,) = [n for n in p.operators if n.target is aten.relu.default]
+        relu.target = aten.mean.default
+        return PassResult(p)
+
+    with pytest.raises(VerificationError, match="has shape"):
+        go(program, calling(lies, contract=Contract.LOSSY), instruments=[CompareEach()])
+
+
+# -- which value of the original a value stands for -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def early() -> Program:
+    """What is rewritten comes first, so that a proof is enough; two samples."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.ReLU(), *(nn.Linear(4, 4) for _ in range(4)))
+    found = capture(layers.eval(), (torch.randn(3, 4),))
+    found.samples = (*found.samples, (torch.randn(3, 4),))
+    return found
+
+
+def test_values_are_followed_over_exact_and_lossy_passes(early: Program) -> None:
+    passes = (SwapActivation(), RoundWeights(), SwapActivation(to="relu"), RoundWeights(step=1 / 8))
+    found = go(early, *passes, instruments=[CompareEach()])
+    for record in (found.records[1], found.records[3]):
+        assert len(record.node_errors) == 8
+        assert all(error.cumulative is not None for error in record.node_errors)
+
+
+@pytest.mark.parametrize("before", [(), (RoundWeights(),)], ids=["first", "after a lossy pass"])
+def test_a_value_that_is_scaled_stands_for_no_value_of_the_original(
+    early: Program, before: tuple[Pass, ...]
+) -> None:
+    def scale(p: Program, rewriter: Rewriter) -> None:
+        """Twice as large before the activation, and halved behind it."""
+        (relu,) = [n for n in p.operators if n.target is aten.relu.default]
+        rewriter.insert_before(relu)
+        twice = rewriter.call(aten.mul.Tensor, (relu.args[0], 2), like=relu)
+        high = rewriter.call(aten.relu.default, (twice,), like=relu)
+        rewriter.replace(relu, rewriter.call(aten.mul.Tensor, (high, 0.5), like=relu))
+
+    def clip(p: Program, rewriter: Rewriter) -> None:
+        (relu,) = [n for n in p.operators if n.target is aten.relu.default]
+        rewriter.insert_before(relu)
+        rewriter.replace(relu, rewriter.call(aten.relu6.default, relu.args, like=relu))
+
+    lossy = edits(clip, contract=Contract.LOSSY)
+    plain = go(early, *before, lossy, instruments=[CompareEach()]).records[-1].node_errors
+    scaled = go(early, *before, edits(scale), lossy, instruments=[CompareEach()])
+    assert [error.cumulative is None for error in plain] == [False]
+    assert [error.cumulative is None for error in scaled.records[-1].node_errors] == [True]
