@@ -1,5 +1,7 @@
 """Constants on disk: every element type and layout comes back, shared memory stays shared."""
 
+import json
+import struct
 import zipfile
 from pathlib import Path
 
@@ -83,6 +85,26 @@ def test_the_tensor_files_are_safetensors(tmp_path: Path) -> None:
         read = safetensors_load(archive.read("constants.safetensors"))
     assert set(read) == set(tensors)
     assert all(bits(read[name]) == bits(tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    "name", ["w", "we", "wei", "weig", "weigh", "weight", "weights", "a_weight"]
+)
+def test_tensors_begin_where_eight_bytes_do(name: str, tmp_path: Path) -> None:
+    save(held({name: torch.arange(3.0)}), tmp_path / "p.pt2")
+    with zipfile.ZipFile(tmp_path / "p.pt2") as archive:
+        data = archive.read("constants.safetensors")
+    (length,) = struct.unpack("<Q", data[:8])
+    assert length % 8 == 0
+    assert json.loads(data[8 : 8 + length])[name]["data_offsets"] == [0, 12]
+    assert data[8 + length :] == bits(torch.arange(3.0))
+
+
+def test_entries_are_dated_alike(tmp_path: Path) -> None:
+    save(held({"w": torch.ones(2)}), tmp_path / "p.pt2")
+    with zipfile.ZipFile(tmp_path / "p.pt2") as archive:
+        facts = {(i.date_time, i.create_system, i.external_attr) for i in archive.infolist()}
+    assert facts == {((1980, 1, 1, 0, 0, 0), 3, 0o644 << 16)}
 
 
 def test_a_sparse_constant_is_refused_by_name(tmp_path: Path) -> None:

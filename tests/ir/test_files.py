@@ -319,3 +319,32 @@ def test_an_operator_without_a_serialized_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="cannot hold this graph"):
         save(program, tmp_path / "p.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+class Defaults(nn.Module):
+    def forward(self, x: Tensor, by: Any = len, n: int = 3, to: Any = print, m: float = 0.5) -> Any:
+        return x * n * m
+
+
+def test_defaults_that_are_values_are_kept_and_others_left_out(tmp_path: Path) -> None:
+    program = capture(Defaults().eval(), (torch.ones(2),))
+    assert list(program.signature.defaults) == ["by", "n", "to", "m"]
+    save(program, tmp_path / "p.pt2")
+    assert load(tmp_path / "p.pt2").signature.defaults == {"n": 3, "m": 0.5}
+
+
+class Repeats(nn.Module):
+    def forward(self, x: Tensor, n: int) -> Tensor:
+        return x.expand(n, 3) * 2
+
+
+def test_samples_keep_their_numbers(tmp_path: Path) -> None:
+    shapes: Any = (None, torch.export.Dim.DYNAMIC)
+    program = capture(Repeats().eval(), (torch.randn(1, 3), 5), dynamic_shapes=shapes)
+    program.samples = (*program.samples, (torch.randn(1, 3), 7))
+    save(program, tmp_path / "p.pt2")
+    again = load(tmp_path / "p.pt2")
+    assert [sample[1] for sample in again.samples] == [5, 7]
+    for (x, n), (y, _) in zip(again.samples, program.samples, strict=True):
+        assert torch.equal(x, y)
+        assert again(x, n).shape == (n, 3)
