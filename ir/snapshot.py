@@ -1,4 +1,4 @@
-"""What tensors looked like before a pass, so that a write into one is found."""
+"""What a pass must not write into, as it was before, so that a write is found."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from planish.ir.program import Program
 
@@ -27,6 +28,8 @@ class _Entry:
 
 class Snapshot:
     """Constants and samples of a program, as they were when it was taken.
+
+    The bodies of branches, which clones share as well, are kept as text.
 
     Torch counts the in-place operations on a tensor, which costs nothing to read. The count misses
     writes through ``tensor.data``, NumPy or another library. Of these, a few bytes from all over
@@ -47,9 +50,17 @@ class Snapshot:
             for full in [checksum(tensor) if values or version is None else None]
             for view in [_some(tensor) if full is None else None]
         ]
+        self._bodies = [
+            (name, value, _body_text(value))
+            for name, value in program.constants.items()
+            if isinstance(value, GraphModule)
+        ]
 
     def written(self) -> Iterator[str]:
-        """Names of the tensors that were written since."""
+        """Names of the tensors, and of the bodies of branches, that were written since."""
+        for name, body, then in self._bodies:
+            if _body_text(body) != then:
+                yield f"the body {name!r} of a branch"
         for entry in self._entries:
             if entry.version is not None and entry.tensor._version != entry.version:
                 yield entry.name
@@ -57,6 +68,11 @@ class Snapshot:
                 entry.looked_at is not None and entry.looked_at.tobytes() != entry.some
             ):
                 yield entry.name
+
+
+def _body_text(body: GraphModule) -> str:
+    """All operators of a body, and of the bodies within it."""
+    return "\n".join(str(m.graph) for m in body.modules() if isinstance(m, GraphModule))
 
 
 def _tensors(program: Program) -> Iterator[tuple[str, Tensor]]:

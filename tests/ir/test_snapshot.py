@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from planish.ir.capture import capture
 from planish.ir.errors import VerificationError
 from planish.ir.program import Program
 from planish.ir.snapshot import Snapshot, checksum
@@ -113,3 +115,20 @@ def test_checksums_hold_for_every_type_and_layout(dtype: torch.dtype) -> None:
     assert checksum(tensor[:, 1:3]) == checksum(tensor[:, 1:3].clone())
     assert checksum(torch.empty(0, dtype=dtype)) == 0
     assert checksum(tensor[0, 0]) == checksum(tensor[:1, :1])
+
+
+def test_a_write_into_the_body_of_a_branch_is_found() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    program = capture(Branch().eval(), (torch.ones(2),))
+    names = [n for n, c in program.constants.items() if isinstance(c, GraphModule)]
+    body = program.constants[names[0]]
+    assert isinstance(body, GraphModule)
+    (call,) = body.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
+
+    def write() -> None:
+        call.target = torch.ops.aten.tan.default
+
+    assert written(program, write) == [f"the body {names[0]!r} of a branch"]

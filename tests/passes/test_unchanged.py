@@ -300,3 +300,13 @@ def test_a_program_that_draws_random_numbers_is_run() -> None:
     )
     after, changes = edited(off, calls("relu", aten.clamp_min.default, 0))
     assert Proof(off, after, changes).possible
+
+
+def test_a_program_with_a_branch_is_run() -> None:
+    class Branch(Rest):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, torch.sin, torch.cos, (super().forward(x),))
+
+    program = capture(Branch(torch.relu).eval(), (torch.ones(3, 4),))
+    after, changes = edited(program, calls("relu", aten.clamp_min.default, 0))
+    assert not Proof(program, after, changes).possible
