@@ -96,3 +96,46 @@ def test_numbers_and_equal_values() -> None:
 def test_what_cannot_be_measured_is_an_error(pairs: list[tuple[object, object]], what: str) -> None:
     with pytest.raises(UsageError, match=what):
         accumulated(*pairs).fidelity()
+
+
+def test_integers_differ_by_what_they_differ() -> None:
+    found = measure((torch.tensor([1, 2, 10]),), (torch.tensor([6, 2, 3]),))
+    assert found.max_abs == 7.0
+    assert found.rel_l2 == pytest.approx(math.sqrt((25 + 49) / 105))
+    assert found.equal is False
+    large = 2**53  # and one more are one number in float64
+    found = measure((torch.tensor([large]),), (torch.tensor([large + 1]),))
+    assert (found.max_abs, found.rel_l2) == (1.0, 1.0 / large)
+
+
+def test_numbers_of_another_type_are_the_same_numbers() -> None:
+    whole, real = torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0])
+    assert measure((real,), (whole,)).equal
+    assert measure((whole,), (real,)).equal
+    assert measure((whole,), (real + 0.5,)).max_abs == 0.5
+
+
+def test_a_double_without_a_finite_number_is_equal_to_itself() -> None:
+    odd = torch.tensor([INF, -INF, NAN], dtype=torch.float64)
+    assert measure((odd,), (odd,)).equal
+    assert measure((odd,), (-odd,)).equal is False
+
+
+def test_a_value_without_parts_is_equal() -> None:
+    found = accumulated(((), ()), ((), ())).fidelity()
+    assert found.to_dict() == measure((), ()).to_dict()
+    assert found.to_dict() == {
+        "sqnr_db": None,
+        "cosine": 1.0,
+        "max_abs": 0.0,
+        "rel_l2": 0.0,
+        "equal": True,
+    }
+
+
+def test_a_sentence_has_all_metrics() -> None:
+    one = torch.tensor([3.0, 4.0])
+    assert str(measure((one,), (one,))) == "equal"
+    assert str(measure((one,), (2 * one,))) == (
+        "SQNR 0.0 dB, cosine 1.000000, max abs 4, relative L2 1"
+    )

@@ -1,5 +1,7 @@
 """What is known of dynamic sizes can be taken back: for a while, or for good."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,3 +108,24 @@ def test_symbols_that_came_later_stay() -> None:
     assert symbols.restore()
     assert header(program) == FREE
     assert not bool(found.shape[0] < 0)
+
+
+def test_what_is_known_to_divide_is_forgotten() -> None:
+    program = traced()
+    size = program.placeholders[1].meta["val"].shape[0]
+    table: Any = program.fake_mode.shape_env
+    known = set(table.divisible)
+    symbols = Symbols(program)
+    assert bool(size % 5 == 0)
+    assert set(table.divisible) != known
+    assert not symbols.restore()
+    assert set(table.divisible) == known
+
+
+def test_a_size_that_was_fixed_before_is_none_that_became_so() -> None:
+    program = traced()
+    fix(program)
+    symbols = Symbols(program)
+    assert bool(program.placeholders[1].meta["val"].shape[0] > 2)
+    assert not symbols.restore()
+    assert header(program) == FIXED
