@@ -224,3 +224,27 @@ def test_what_acts_by_itself_is_run() -> None:
     with after.graph.inserting_after(x):
         after.graph.call_function(aten.reshape.default, (x, [12]))
     assert not Proof(program, after, ()).possible
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float16, torch.float64])
+def test_the_signs_of_zeros_count_in_every_type(dtype: torch.dtype) -> None:
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rest = nn.Sequential(*(nn.Linear(4, 4) for _ in range(10)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest((x * 1).abs().float())
+
+    example = torch.ones(3, 4, dtype=dtype)
+    program = capture(Early().eval(), (example,))
+    after = program.clone()
+    rewriter = Rewriter(after, "test")
+    mul = of(after, aten.mul.Tensor)
+    with rewriter.site("edit", mul):
+        rewriter.replace(mul, rewriter.call(aten.add.Tensor, (mul.args[0], 0), like=mul))
+    proof = Proof(program, rewriter.finish(), tuple(rewriter.changes))
+    assert proof.possible
+    assert proof.holds((example,))
+    assert proof.holds((0 * example,))
+    assert not proof.holds((torch.full_like(example, -0.0),))
