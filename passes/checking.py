@@ -30,6 +30,8 @@ from planish.passes.unchanged import Proof
 
 _SHOWN = 24  # lines of a diff in a message
 
+_UNCOMPARED = "no outputs were compared: the program has no sample inputs"
+
 
 class VerifyEach(Instrument):
     """Check every invariant of a program after each pass that changed it.
@@ -120,6 +122,8 @@ class CompareEach(Instrument):
         if fresh:
             for sentence in self._rejected:
                 step.remark(f"the second probe was weakened: {sentence}")
+            if not probes:
+                step.remark(_UNCOMPARED)
         if step.pass_.contract is Contract.LOSSY:
             answers = self._measure(step, result, probes)
         else:
@@ -234,8 +238,10 @@ class CompareEach(Instrument):
             if probe.measured:
                 found.append(measure(probe.original, answer))
             probe.current = answer
-        last = [r for r in run.records if r.changed][-1]
-        last.cumulative = worst(found)
+        last = [step for step in run.steps if step.record.changed][-1]
+        last.record.cumulative = worst(found)
+        if not self._probes:
+            last.remark(_UNCOMPARED)
 
     def _drift(self, run: Run) -> None:
         """Hold the last answers, of passes that each kept the bound, to the bound together."""

@@ -177,15 +177,8 @@ def test_the_bound_is_of_the_coarsest_type_of_the_original() -> None:
 # -- samples and probes ---------------------------------------------------------------------------
 
 
-class Picky(nn.Module):
-    """Answers the first sample only: all others are far from it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x) + 0.5
-
-
 def test_a_later_sample_is_named() -> None:
-    program = capture(Picky().eval(), (torch.ones(3, 4),))
+    program = capture(nn.ReLU().eval(), (torch.ones(3, 4),))
     program.samples = (*program.samples, (-torch.ones(3, 4),))
 
     def leaky(p: Program, rewriter: Rewriter) -> None:
@@ -237,6 +230,18 @@ def test_the_seed_is_of_the_second_probe(program: Program) -> None:
     assert not torch.equal(inputs[0], inputs[2])
     go(program, Everything(), instruments=[compare])
     assert compare.reference is None
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_program_without_samples_is_said_not_to_be_compared(
+    program: Program, at_end: bool
+) -> None:
+    bare = program.clone()
+    bare.samples = ()
+    passes = (Everything(), SwapActivation(), edits(shift(1.0)))
+    found = go(bare, *passes, instruments=[CompareEach(at_end=at_end)])
+    said = ("no outputs were compared: the program has no sample inputs",)
+    assert [r.remarks for r in found.records] == [(), *([(), said] if at_end else [said, ()])]
 
 
 class Drawing(nn.Module):
