@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from planish.tools.console import print_json, stages, stdout
+from planish.tools.repro import import_nothing_from
 
 if TYPE_CHECKING:
     from planish.passes.debug.reduce_bundle import ReducedBundle
@@ -56,8 +55,7 @@ def reduce(bundle: Path, output: Path | None, max_tries: int, as_json: bool, qui
     from planish.passes.debug.bundle import load_bundle
     from planish.passes.debug.reduce_bundle import reduce_bundle
 
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    import_nothing_from(bundle)
     folder = output or bundle.resolve().with_name(f"{bundle.resolve().name}-reduced")
     with stages(quiet=quiet) as stage:
         stage("loading")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +51,7 @@ def repro(
     if show:
         _show(found, as_json=as_json)
         return 0
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    import_nothing_from(bundle)
     with stages(quiet=quiet) as stage:
         stage("loading")
         other = None
@@ -65,6 +63,16 @@ def repro(
         with without_logs():
             error = replay(found, other, only_failing=only_failing)
     return _report(found, error, as_json=as_json)
+
+
+def import_nothing_from(bundle: Path) -> None:
+    """Keep Python from importing files of a bundle, also where the current folder is within it.
+
+    The recipe of a bundle names the modules of its passes; a stranger's may bring the module along.
+    """
+    folder = bundle.resolve()
+    paths = {entry: Path(entry or ".").resolve() for entry in sys.path}
+    sys.path[:] = [p for p in sys.path if folder not in (paths[p], *paths[p].parents)]
 
 
 def _show(bundle: Bundle, *, as_json: bool) -> None:
@@ -137,4 +145,6 @@ def _report(bundle: Bundle, error: BaseException | None, *, as_json: bool) -> in
 def _print(lines: list[str]) -> None:
     console = stdout()
     for line in "\n".join(lines).splitlines():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        # What a file says must not steer the terminal.
+        shown = "".join(c if c.isprintable() or c == "\t" else "?" for c in line)
+        console.print(shown, markup=False, highlight=False, soft_wrap=True)

@@ -88,7 +88,7 @@ class Attempt:
 
 
 class _Keep(Instrument):
-    """Keeps every state of a run; clones share their constants, so that this costs graphs only."""
+    """Keeps every state of a run: graphs, and the constants that passes made; others are shared."""
 
     def __init__(self, sites: LoggedSites):
         self.sites = sites

@@ -158,3 +158,28 @@ def test_a_note_on_an_error_is_printed(
     code, _, err = planish_("optimize", model, "--recipe", recipe, "--quiet")
     assert code == 1
     assert "\nnote: no bundle was written to replay this: " in err
+
+
+@pytest.mark.parametrize("command", ["repro", "reduce"])
+def test_no_module_that_lies_in_a_bundle_is_imported(bundle: Path, command: str) -> None:
+    recipe = (bundle / "recipe.yaml").read_text()
+    assert "tests.support.failing_passes:Wrong" in recipe
+    named = recipe.replace("tests.support.failing_passes:Wrong", "stowaway:Wrong")
+    (bundle / "recipe.yaml").write_text(named)
+    (bundle / "stowaway.py").write_text("open('boom', 'w')")
+    code = "from planish.tools.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, command, "."], cwd=bundle, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "stowaway" in done.stderr
+    assert not (bundle / "boom").exists()
+
+
+def test_what_a_bundle_says_does_not_steer_the_terminal(planish_: Call, bundle: Path) -> None:
+    facts = json.loads((bundle / "repro.json").read_text())
+    facts["failure"]["message"] = "red \x1b[31m and \x07 a bell"
+    (bundle / "repro.json").write_text(json.dumps(facts))
+    code, out, _ = planish_("repro", bundle, "--show")
+    assert code == 0
+    assert out.startswith("red ?[31m and ? a bell\n")
