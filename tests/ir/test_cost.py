@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
-from planish.ir import Program, capture
+from planish.ir import Program, capture, from_exported
 from planish.ir.cost import Cost, cost, macs_by_operator
 
 
@@ -95,6 +95,36 @@ BY_HAND: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], int]] = {
         lambda a, b, c: torch.einsum("ij,jk,kl->il", a, b, c),
         [(2, 3), (3, 4), (4, 5)],
         2 * 3 * 4 + 2 * 4 * 5,
+    ),
+    "implicit einsum of three": (
+        lambda a, b, c: torch.einsum("ij,jk,kl", a, b, c),
+        [(2, 3), (3, 4), (4, 5)],
+        2 * 3 * 4 + 2 * 4 * 5,
+    ),
+    "implicit einsum of three with an ellipsis": (
+        lambda a, b, c: torch.einsum("...ij,jk,kl", a, b, c),
+        [(6, 2, 3), (3, 4), (4, 5)],
+        6 * (2 * 3 * 4 + 2 * 4 * 5),
+    ),
+    "einsum of three that keeps an ellipsis": (
+        lambda a, b, c: torch.einsum("...ij,jk,kl->...il", a, b, c),
+        [(6, 2, 3), (3, 4), (4, 5)],
+        6 * (2 * 3 * 4 + 2 * 4 * 5),
+    ),
+    "einsum of three that sums an ellipsis": (
+        lambda a, b, c: torch.einsum("...ij,jk,kl->il", a, b, c),
+        [(6, 2, 3), (3, 4), (4, 5)],
+        6 * 2 * 3 * 4 + 2 * 4 * 5,
+    ),
+    "einsum of one long index": (
+        lambda a, b: torch.einsum("ij,jk->ik", a, b),
+        [(2, 1), (1, 4)],
+        2 * 1 * 4,
+    ),
+    "einsum that broadcasts": (
+        lambda a, b: torch.einsum("...ij,...jk->...ik", a, b),
+        [(1, 2, 3), (6, 3, 4)],
+        6 * 2 * 3 * 4,
     ),
     "pointwise": (lambda a: torch.softmax(a.relu() * 2, -1), [(2, 3)], 0),
 }
@@ -188,3 +218,45 @@ def test_operators_are_listed_dearest_first() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 9, 3))
     counts = macs_by_operator(program_of(model, (2, 4)))
     assert list(counts.items()) == [("aten.conv1d", 2 * 9 * 2 * 3), ("aten.linear", 32)]
+
+
+def test_operators_of_one_cost_are_listed_by_name() -> None:
+    model = Call(lambda x, w: torch.addmm(x @ w, x, w) + F.linear(x, w))
+    counts = macs_by_operator(program_of(model, (3, 3), (3, 3)))
+    assert list(counts) == ["aten.addmm", "aten.linear", "aten.matmul"]
+    assert set(counts.values()) == {27}
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3, stride=2), (2, 4, 9)),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), (2, 4, 5)),
+    ],
+)
+def test_a_decomposed_convolution_costs_the_same(module: nn.Module, shape: tuple[int, ...]) -> None:
+    whole = torch.export.export(module.eval(), (torch.randn(shape),))
+    parts = from_exported(whole.run_decompositions())
+    assert list(macs_by_operator(parts)) == ["aten.convolution"]
+    assert cost(parts).macs == cost(from_exported(whole)).macs
+
+
+def test_a_size_that_the_data_decides_counts_once() -> None:
+    program = program_of(lambda x, w: x.nonzero().float() @ w, (4, 3), (2, 5))
+    assert cost(program).macs == 2 * 5
+
+
+def test_sizes_with_a_rest_and_numbers_among_the_inputs() -> None:
+    odd = ({0: 2 * Dim("n") + 1},)
+    program = capture(nn.Linear(3, 5).eval(), (torch.randn(7, 3),), dynamic_shapes=odd)
+    program.samples = ((torch.randn(11, 3),),)
+    assert cost(program).macs == 11 * 3 * 5
+
+    def repeated(x: Tensor, n: Any) -> Tensor:
+        return x.expand(n, 3) @ x.reshape(3, 1)
+
+    shapes: Any = ((None, Dim.DYNAMIC),)
+    program = capture(Call(repeated).eval(), (torch.randn(1, 3), 5), dynamic_shapes=shapes)
+    assert cost(program).macs == 5 * 3
+    program.samples = ((torch.randn(1, 3), 8),)
+    assert cost(program).macs == 8 * 3
