@@ -57,28 +57,28 @@ def accuracy_parts(losses: Sequence[Loss]) -> list[RenderableType]:
     if not losses:
         return []
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("pass", overflow="fold", max_width=24)
-    table.add_column("rule", overflow="fold", max_width=24)
-    table.add_column("node", overflow="fold")
+    # A narrow terminal takes its width from the source line first: which value it was, and what
+    # made it, must stay readable. What may shrink is a column of rich that may wrap; the cells
+    # themselves say that names fold and that the source line does not.
+    table.add_column("pass", no_wrap=True, max_width=24)
+    table.add_column("rule", no_wrap=True, max_width=24)
+    table.add_column("node", no_wrap=True)
     for title in ("own\ndB", "local\ndB", "total\ndB"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("source", overflow="ellipsis", no_wrap=True)
+    table.add_column("source")
     for loss in losses[:_SHOWN]:
         error = loss.error
         node = error.node
         if error.constant is not None:
             node += f"\n  {_shortened(error.constant)}"
-        cells = (
-            loss.pass_name,
-            error.rule,
-            node,
-            sqnr_text(error.own),
-            sqnr_text(error.local),
-            sqnr_text(error.cumulative),
-            _place(error.source),
-        )
+        names = (loss.pass_name, error.rule, node)
+        numbers = (error.own, error.local, error.cumulative)
         # As texts: in plain strings rich would read ":100:" and "[0]" as its own markup.
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(
+            *(Text(name, overflow="fold", no_wrap=False) for name in names),
+            *(Text(sqnr_text(number)) for number in numbers),
+            Text(_place(error.source), overflow="ellipsis", no_wrap=True),
+        )
     head = (
         "where the accuracy went: SQNR of the rewrite alone (own), against the program before "
         "the pass (local) and against the original (total)"

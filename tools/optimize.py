@@ -75,10 +75,12 @@ def optimize(
     """
     from planish.passes.recipe import resolve
     from planish.tools.loading import import_callable, load_model
-    from planish.tools.report import report_text
+    from planish.tools.report import check_report_path, report_text
     from planish.tools.writing import write_text
 
     out = check_output(output) if output is not None else None
+    if report is not None:
+        check_report_path(str(report))
     watching.check(resolve(recipe))  # a mistyped recipe is told before the model is loaded
     target = check_target(target or "onnxruntime-cpu", opset)
     progress = stages(quiet=quiet or watching.prints)

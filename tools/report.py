@@ -75,10 +75,7 @@ def report(
     """
     from planish.tools.writing import write_text
 
-    if Path(output).suffix not in _SUFFIXES:
-        hint = "name it " + " or ".join(f"*{s}" for s in _SUFFIXES)
-        raise UsageError(f"a report cannot be written as {output!r}", hint=hint)
-    out = check_output(output, _SUFFIXES)
+    out = check_report_path(output)
     if Path(model).suffix == ".json":
         _check_unused(context)
         data = saved_report(Path(model))
@@ -93,6 +90,18 @@ def report(
         print_json({"path": str(out), "bytes": size, "model": data.get("model", "")})
         return
     stdout().print(f"wrote {out}: {size / 1e6:.2f} MB", highlight=False)
+
+
+def check_report_path(path: str) -> Path:
+    """Refuse a path that no report can be written to, before any long work is done.
+
+    Raises:
+        UsageError: wrong suffix, missing or unwritable folder, or a folder.
+    """
+    if Path(path).suffix not in _SUFFIXES:
+        hint = "name it " + " or ".join(f"*{s}" for s in _SUFFIXES)
+        raise UsageError(f"a report cannot be written as {path!r}", hint=hint)
+    return check_output(path, _SUFFIXES)
 
 
 def report_text(report: Report, path: Path) -> str:

@@ -119,6 +119,23 @@ def test_names_and_source_lines_are_shown_as_they_are(deep: Report) -> None:
     assert row.split()[5] == "-"
 
 
+def test_a_narrow_table_cuts_the_source_line_and_no_name(deep: Report) -> None:
+    errors = [
+        replace(e, source="/home/me/net.py:100: y = torch.relu(x) + some(other, thing)")
+        for e in deep.passes[0].node_errors
+    ]
+    text = replace(deep, passes=(replace(deep.passes[0], node_errors=tuple(errors)),)).to_text(
+        width=70
+    )
+    table = text[text.index("where the accuracy went") :].splitlines()
+    rows = [line.split() for line in table if line.split()[:1] == ["round-weights"]]
+    nodes = [loss.error.node for loss in ranked(deep.passes)][:10]
+    assert [row[:3] for row in rows] == [["round-weights", "round", node] for node in nodes]
+    assert all(row[6].startswith("net") for row in rows)
+    assert any("…" in line for line in table)
+    assert max(map(len, table)) <= 70
+
+
 def test_broken_values_come_first_and_equal_ones_last(deep: Report) -> None:
     (one, two, three) = deep.passes[0].node_errors[:3]
     errors: tuple[NodeError, ...] = (

@@ -129,6 +129,8 @@ def test_odd_calls_are_refused(planish_: Call, tmp_path: Path) -> None:
     for arguments, wrong in (
         (("report", MODEL, "-o", str(tmp_path / "r.pdf")), "a report cannot be written as"),
         (("report", MODEL, "-o", str(tmp_path / "none" / "r.html")), "does not exist"),
+        (("optimize", MODEL, "--report", str(tmp_path / "r.pdf")), "a report cannot be written as"),
+        (("optimize", MODEL, "--report", str(tmp_path / "none" / "r.html")), "does not exist"),
         (("report", MODEL, "-o", page, "--recipe", "fold-batchnorm"), "fold-batch-norm"),
         (("report", MODEL, "-o", page, "--target", "toaster"), "toaster"),
         (("report", str(tmp_path / "gone.json"), "-o", page), "cannot read"),
