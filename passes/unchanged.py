@@ -66,6 +66,8 @@ class Proof:
         self.before, self.after = before, after
         self.claims: list[_Claim] = []
         self.possible = False
+        if len(before.placeholders) != len(after.placeholders):
+            return  # it does not run at all
         if any(_beyond_values(node) for p in (before, after) for node in p.operators):
             return
         same, claimed = _same(before, after, stands(before, after, changes))

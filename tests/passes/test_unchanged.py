@@ -310,3 +310,10 @@ def test_a_program_with_a_branch_is_run() -> None:
     program = capture(Branch(torch.relu).eval(), (torch.ones(3, 4),))
     after, changes = edited(program, calls("relu", aten.clamp_min.default, 0))
     assert not Proof(program, after, changes).possible
+
+
+def test_a_program_with_other_inputs_is_not_shown(before: Program) -> None:
+    after = before.clone()
+    with after.graph.inserting_before(after.operators[0]):
+        after.graph.placeholder("more")
+    assert not Proof(before, after, ()).possible
