@@ -210,3 +210,27 @@ def test_a_size_that_the_data_decides_keeps_its_range() -> None:
     assert table is not None
     assert exported.range_constraints[symbol] == table.var_to_range[symbol]
     assert quietly(exported, torch.tensor([0.0, 1.0, 0.0])).shape == (1, 1)
+
+
+def test_symbolic_numbers_of_every_kind_are_outputs() -> None:
+    class Numbers(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            n = x.shape[0]
+            return n * 2, n / 4, n > 5, 7, x + n
+
+    batch = Dim("batch", min=2, max=99)
+    program = capture(Numbers().eval(), (torch.ones(3, 2),), dynamic_shapes=({0: batch},))
+    exported = to_exported_program(program)
+    kinds = [type(spec.arg).__name__ for spec in exported.graph_signature.output_specs]
+    assert [k.removesuffix("Argument") for k in kinds] == [
+        "SymInt",
+        "SymFloat",
+        "SymBool",
+        "Constant",
+        "Tensor",
+    ]
+    for size in (3, 9):
+        x = torch.ones(size, 2)
+        *numbers, moved = quietly(exported, x)
+        assert numbers == [size * 2, size / 4, size > 5, 7]
+        torch.testing.assert_close(moved, x + size)
