@@ -193,7 +193,7 @@ def test_a_constant_without_a_type_gets_one() -> None:
     assert len(lifted) == len(program.constants)
     for spec, node in zip(exported.graph_signature.input_specs, lifted, strict=False):
         constant = program.constants[str(spec.target)]
-        assert node.meta["val"].shape == constant.shape  # type: ignore[union-attr]
+        assert node.meta["val"].shape == constant.shape
     args, kwargs = net_inputs(3)
     assert_same(model(*args, **kwargs), quietly(exported, *args, **kwargs))
 
