@@ -348,3 +348,26 @@ def test_samples_keep_their_numbers(tmp_path: Path) -> None:
     for (x, n), (y, _) in zip(again.samples, program.samples, strict=True):
         assert torch.equal(x, y)
         assert again(x, n).shape == (n, 3)
+
+
+def test_ranges_that_torch_knows_are_kept(tmp_path: Path) -> None:
+    shapes = ({0: Dim("batch", min=3, max=64), 1: Dim("rest")},)
+    program = capture(nn.ReLU().eval(), (torch.randn(5, 6),), dynamic_shapes=shapes)
+    again = round_trip(program, tmp_path)
+
+    def ranges(p: Program) -> list[tuple[str, str]]:
+        table: Any = p.fake_mode.shape_env
+        sizes = p.placeholders[0].meta["val"].shape
+        found = [table.var_to_range[size.node.expr] for size in sizes]
+        return [(str(bounds.lower), str(bounds.upper)) for bounds in found]
+
+    assert ranges(again) == ranges(program)
+    assert ranges(again)[0] == ("3", "64")
+
+
+def test_a_constant_that_nobody_reads_is_not_written(tmp_path: Path) -> None:
+    program = held({"read": torch.ones(3)})
+    program.constants["unread"] = torch.ones(100_000)
+    assert list(round_trip(program, tmp_path).constants) == ["read"]
+    assert (tmp_path / "program.pt2").stat().st_size < 100_000
+    assert list(program.constants) == ["read", "unread"]
