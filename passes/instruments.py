@@ -320,7 +320,9 @@ class Dump(Instrument):
             present = set(entries)  # what replays an earlier failure stays
         except OSError as error:
             raise UsageError(
-                f"the dump folder cannot be written: {error}", where=str(self.folder)
+                f"the dump folder cannot be written: {error.strerror}",
+                where=str(self.folder),
+                hint="name a folder of your own, and no file",
             ) from error
         foreign = sorted(present - self._earlier() - {_MANIFEST})
         if foreign:

@@ -62,7 +62,7 @@ def bisect(
         recipe,
         predicate,
         make,
-        Ledger(tell),
+        Ledger(tell, exhaustive=exhaustive),
         working,
         exhaustive,
         watching=predicate.watches,

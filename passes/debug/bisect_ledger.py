@@ -23,8 +23,9 @@ class Ledger:
         monotone: False once something speaks against a single flip.
     """
 
-    def __init__(self, tell: Tell | None):
+    def __init__(self, tell: Tell | None, *, exhaustive: bool = False):
         self._tell = tell
+        self._exhaustive = exhaustive
         self.evaluations: list[Evaluation] = []
         self.remarks: list[str] = []
         self.monotone = True
@@ -60,6 +61,8 @@ class Ledger:
             return
         self.monotone = False
         flip = numbers.get(found.at, 0)
+        # Who has looked at everything has seen the other flips, and needs no advice to look.
+        advice = "" if self._exhaustive else "; other flips may exist (--exhaustive looks at all)"
         for verdict, points in (
             ("bad", [p for p in found.against if p < found.at]),
             ("good", [p for p in found.against if p > found.at]),
@@ -69,5 +72,5 @@ class Ledger:
                 more = f" and {len(points) - _SHOWN} more" if len(points) > _SHOWN else ""
                 self.remarks.append(
                     f"not monotone: it is {verdict} after {level} {shown}{more}, though it turns "
-                    f"bad at {level} {flip}; other flips may exist (--exhaustive looks at all)"
+                    f"bad at {level} {flip}{advice}"
                 )

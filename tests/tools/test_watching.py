@@ -131,6 +131,18 @@ def test_options_that_cannot_work_are_told_before_the_model_is_loaded(
         assert "no.pt2" not in err
 
 
+def test_a_dump_folder_that_cannot_be_is_told_with_what_to_do(
+    planish_: Call, saved: str, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    code, out, err = optimize(planish_, saved, "--dump-dir", str(taken))
+    assert (code, out) == (2, "")
+    assert "the dump folder cannot be written: File exists" in err
+    assert "try: name a folder of your own" in err
+    assert taken.read_text() == "mine"
+
+
 def test_an_exclusion_without_effect_is_an_error(planish_: Call, saved: str) -> None:
     code, _, err = optimize(planish_, saved, "--exclude", "relu-to-clamp@relu_1")
     assert code == 2

@@ -151,6 +151,7 @@ def test_a_fault_that_a_later_pass_hides_is_found() -> None:
     assert (found.step, found.site) == (2, 6)
     assert not found.monotone
     assert "good after pass 3" in found.remarks[0]
+    assert "--exhaustive looks at all" in found.remarks[0]
     assert "up to step 2" in found.evaluations[-1].text
     assert not found.evaluations[-1].bad
     sound(found)
@@ -168,6 +169,7 @@ def test_a_good_site_after_a_bad_one_is_reported() -> None:
     assert found.count("site") == 3  # none, and the first two; that all are bad is known
     assert not found.monotone
     assert "good after site 2" in found.remarks[0]
+    assert "exhaustive" not in found.remarks[0]  # it was; to advise it again would lead nowhere
 
 
 def test_looking_at_everything_finds_what_few_looks_miss() -> None:
