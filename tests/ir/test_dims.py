@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.export import AdditionalInputs, Dim, ShapesCollection
 
 from planish.ir import Program, capture, text
+from planish.ir.calling import Call
+from planish.ir.dims import dynamic_axes, enlarge_singletons
 from planish.ir.errors import CaptureError, UsageError
 from tests.support.lambdas import Lambda, assert_captured
 from tests.support.nets import assert_same
@@ -277,3 +279,53 @@ def test_calls_are_held_to_the_declared_sizes() -> None:
     twice = capture(Twice().eval(), rows(3, 6), dynamic_shapes=({0: HALF}, {0: 2 * HALF}))
     with pytest.raises(UsageError, match=r"has size 5 in dimension 2\*half, which is 6"):
         twice(*rows(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("marker", "sample", "expected"),
+    [
+        (Dim("batch", min=3), 5, (3, None)),
+        (Dim("batch", min=3, max=9), 5, (3, 9)),
+        (Dim("batch", max=9), 5, (0, 9)),
+        (Dim.DYNAMIC, 5, (0, None)),
+        (Dim.DYNAMIC(min=4, max=8), 5, (4, 8)),
+        (Dim.DYNAMIC(min=1), 5, (1, None)),
+    ],
+)
+def test_ranges_are_those_declared(marker: Any, sample: int, expected: Any) -> None:
+    program = capture(LINEAR, rows(sample), dynamic_shapes=({0: marker},))
+    assert list(program.signature.ranges.values()) == [expected]
+
+
+def test_a_sample_outside_of_its_hint_is_refused() -> None:
+    for size in (3, 9):
+        with pytest.raises(UsageError, match=f"size {size} in dimension 0(.|\\n)*from 4 to 8"):
+            capture(LINEAR, rows(size), dynamic_shapes=({0: Dim.DYNAMIC(min=4, max=8)},))
+
+
+@pytest.mark.parametrize("least", [(2, 0), (0, 2)])
+def test_of_two_hints_for_one_size_the_narrower_counts(least: tuple[int, int]) -> None:
+    shapes = tuple({0: Dim.DYNAMIC(min=n) if n else Dim.DYNAMIC} for n in least)
+    program = capture(Add().eval(), rows(5, 5), dynamic_shapes=shapes)
+    assert list(program.signature.ranges.values()) == [(2, None)]
+
+
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 4)])
+def test_one_dimension_of_size_1_beside_a_larger(sizes: tuple[int, int]) -> None:
+    def outer(x: Tensor, y: Tensor) -> Tensor:
+        return x @ y.transpose(0, 1)
+
+    shapes = (({0: N}, {0: LENGTH}),)
+    program = assert_captured(
+        Lambda(outer).eval(), rows(*sizes), rows(2, 3), rows(5, 1), dynamic_shapes=shapes
+    )
+    assert header(program).count("[n, 3]") == header(program).count("[length, 3]") == 1
+
+
+def test_an_axis_that_would_be_1_at_the_smallest_root_is_traced_larger() -> None:
+    call = Call(rows(2, 1), {}, ("x", "y"), {})
+    axes = dynamic_axes(Shorter(), call, ({0: HALF + 1}, {0: HALF}))
+    assert [tuple(x.shape) for x in enlarge_singletons(call, axes).args] == [(3, 3), (2, 3)]
+    shorter = ({0: HALF}, {0: HALF - 1})
+    axes = dynamic_axes(Shorter(), call, shorter)
+    assert [tuple(x.shape) for x in enlarge_singletons(call, axes).args] == [(3, 3), (2, 3)]
