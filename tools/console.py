@@ -21,15 +21,22 @@ def stdout() -> Console:
     """The console for results: colored on a terminal, plain and wide in a pipe."""
     if sys.stdout.isatty():
         return Console()
-    return Console(width=int(os.environ.get("COLUMNS", _PLAIN_WIDTH)), color_system=None)
+    return Console(width=_plain_width(), color_system=None)
 
 
 def stderr() -> Console:
     """The console for what is not a result: colored on a terminal, plain and wide elsewhere."""
     if sys.stderr.isatty():
         return Console(stderr=True)
-    width = int(os.environ.get("COLUMNS", _PLAIN_WIDTH))
-    return Console(stderr=True, width=width, color_system=None)
+    return Console(stderr=True, width=_plain_width(), color_system=None)
+
+
+def _plain_width() -> int:
+    """What ``COLUMNS`` says; 120 where it is not set, or set to what is no width."""
+    columns = os.environ.get("COLUMNS", "")
+    # As rich does on a terminal: some programs start others with an empty or zero COLUMNS.
+    width = int(columns) if columns.isdecimal() else 0
+    return width or _PLAIN_WIDTH
 
 
 def print_parts(parts: list[RenderableType]) -> None:

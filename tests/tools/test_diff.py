@@ -96,6 +96,19 @@ def test_two_columns_fit_the_terminal(
     assert " ".join(right.split()) == "%2: f32[batch, 8, 6, 6] = aten.relu(%1) return %2"
 
 
+@pytest.mark.parametrize("columns", ["", "0", "-3", "wide"])
+def test_what_is_no_width_counts_as_none_given(
+    columns: str, planish_: Call, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("diff", str(folder / "a.pt2"), str(folder / "b.pt2"), "--quiet", "--side-by-side")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    expected = planish_(*arguments)
+    assert expected[0] == 1
+    assert "aten.relu" in expected[1]
+    monkeypatch.setenv("COLUMNS", columns)
+    assert planish_(*arguments) == expected
+
+
 def test_json_lists_every_line_with_its_status(planish_: Call, folder: Path) -> None:
     pair = (str(folder / "a.pt2"), str(folder / "b.pt2"))
     code, out, _ = planish_("diff", *pair, "--quiet", "--json")
