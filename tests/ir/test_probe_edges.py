@@ -151,3 +151,23 @@ def test_a_number_that_may_vary_varies() -> None:
     assert found.inputs[1] == 6
     assert found.outputs[0].shape == (6, 3)
     assert torch.equal(found.outputs[0], run(program, found.inputs)[0])
+
+
+def test_counts_beside_what_is_no_number_are_no_check() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return (-x.abs() - 1).log(), (x > 0).sum()
+
+    found = second_reference(capture(Odd().eval(), (torch.randn(4),)))
+    assert found.inputs is None
+    assert len(found.rejected) == 1
+
+
+def test_outputs_that_are_no_tensors_are_no_hindrance() -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Any, ...]:
+            return x * 2, 7, None, "word"
+
+    found = second_reference(capture(Plain().eval(), (torch.randn(4),)))
+    assert found.rejected == ()
+    assert found.outputs[1:] == (7, None, "word")
