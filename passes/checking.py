@@ -70,6 +70,7 @@ class _Probe:
     original: tuple[Any, ...]
     current: tuple[Any, ...]
     measured: bool  # real data, on which an error means something
+    inferred: bool = False  # ``current`` is that of a program before, proven to be the same
 
 
 class CompareEach(Instrument):
@@ -107,6 +108,9 @@ class CompareEach(Instrument):
         self._lineage = Ancestry(run)
         self.reference = self.answers = None
         self._symbols = Symbols(run.original)
+        self._told = False
+        if run.steps:  # before any pass can write into what the original reads
+            self._probes_of(run)
 
     def after_pass(self, step: Step, result: PassResult) -> None:
         """Compare the program with the one before.
@@ -117,9 +121,9 @@ class CompareEach(Instrument):
         """
         if not step.record.changed or self.at_end:
             return
-        fresh = self._probes is None
         probes = self._probes_of(step.run)
-        if fresh:
+        if not self._told:
+            self._told = True
             for sentence in self._rejected:
                 step.remark(f"the second probe was weakened: {sentence}")
             if not probes:
@@ -142,10 +146,11 @@ class CompareEach(Instrument):
         answers = []
         for number, probe in enumerate(probes):
             observe = notes.observe if notes is not None and number == 0 else None
-            if proof is not None and proof.possible and proof.holds(probe.inputs):
-                answers.append(probe.current)
-            else:
-                answers.append(self._answer(result.program, probe, observe))
+            proven = proof is not None and proof.possible and proof.holds(probe.inputs)
+            answers.append(
+                probe.current if proven else self._answer(result.program, probe, observe)
+            )
+            probe.inferred = proven
         for probe, answer in zip(probes, answers, strict=True):
             problem = self._problem(step.run, probe, answer)
             if problem:
@@ -214,6 +219,7 @@ class CompareEach(Instrument):
         if self.at_end:
             self._compare_ends(run)
         else:
+            self._run_inferred(run)
             self._drift(run)
         samples = [p for p in self._probes or () if p.measured]
         self.answers = (
@@ -243,6 +249,19 @@ class CompareEach(Instrument):
         if not self._probes:
             last.remark(_UNCOMPARED)
 
+    def _run_inferred(self, run: Run) -> None:
+        """Run the result where its last passes were proven only: what is reported is measured."""
+        for probe in self._probes or ():
+            if not probe.inferred:
+                continue
+            answer = self._answer(run.program, probe)
+            if problem := self._problem(run, probe, answer):
+                raise VerificationError(
+                    f"the passes kept what they touched, and at {probe.name} {problem}",
+                    hint="a pass wrote into a tensor that it shares; `planish bisect` finds it",
+                )
+            probe.current = answer
+
     def _drift(self, run: Run) -> None:
         """Hold the last answers, of passes that each kept the bound, to the bound together."""
         if any(r.changed and r.contract is Contract.LOSSY for r in run.records):
@@ -266,7 +285,7 @@ class CompareEach(Instrument):
             return second_reference(program, self.seed)
 
     def _probes_of(self, run: Run) -> list[_Probe]:
-        """The probes with the original program's answers; made when first needed."""
+        """The probes with the original program's answers; made once."""
         if self._probes is None:
             program = run.original
             self._bounds = self.bounds(program)

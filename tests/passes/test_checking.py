@@ -228,7 +228,7 @@ def test_the_seed_is_of_the_second_probe(program: Program) -> None:
         inputs.append(compare.reference.inputs[0])
     assert torch.equal(inputs[0], inputs[1])
     assert not torch.equal(inputs[0], inputs[2])
-    go(program, Everything(), instruments=[compare])
+    go(program, instruments=[compare])
     assert compare.reference is None
 
 
