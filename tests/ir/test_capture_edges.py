@@ -102,3 +102,14 @@ def test_attributes_are_tensors_without_a_gradient_or_graphs() -> None:
     module.word = "word"
     with pytest.raises(UnsupportedError, match="holds 'word', a str"):
         _attribute(module, "word")
+
+
+def test_of_two_inputs_of_one_example_the_one_that_is_not_read_is_named() -> None:
+    class Minus(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a * 2 - b
+
+    x = torch.randn(4, 3)
+    (remark,) = from_exported(torch.export.export(Minus().eval(), (x, x))).remarks
+    assert "is not read, and its example is another input's, too" in remark
+    assert from_exported(torch.export.export(Minus().eval(), (x, x.clone()))).remarks == ()
