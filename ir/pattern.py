@@ -166,7 +166,9 @@ def rewrite_greedily(
                     raise PassError(
                         f"rules of pass {rewriter.pass_name} do not converge; the last was "
                         f"{rule.name}",
-                        hint="the rules undo each other; report this with the recipe",
+                        where=None if node._erased else node,
+                        hint="a rule matches what it made itself, or two undo each other: their "
+                        "match must decline that",
                     )
                 if node._erased:
                     break

@@ -74,12 +74,12 @@ class TextDiff:
         return found
 
     def hunks(self, context: int | None = 3) -> Iterator[tuple[str, tuple[Entry, ...]]]:
-        """What changed, with lines around it; None shows everything, if anything changed.
+        """What changed, with lines around it; None shows everything.
 
         Yields:
             ``@@ -12,7 +12,6 @@`` with line numbers of both canonical texts, and the entries.
         """
-        if self.equal:
+        if self.equal and context is not None:
             return
         old = [0, *accumulate(int(e.before is not None) for e in self.entries)]
         new = [0, *accumulate(int(e.after is not None) for e in self.entries)]

@@ -179,7 +179,7 @@ def verify(
     raise VerificationError(
         f"rule {name}: {fault.what}{more}",
         where=_where(program, fault.node) if fault.node is not None else None,
-        hint="the program is not what its text says; the last pass that edited it is at fault",
+        hint="the last pass that edited it is at fault; `planish bisect` names the rewrite",
     )
 
 

@@ -6,7 +6,8 @@ pass changed only the beginning of a program, it is enough to run the program be
 compute each new value from the values before, and to compare. Which value took which place is what
 the rewrites claim, and the comparison decides; where it fails, or nothing can be said, both have to
 run to the end. Taken on trust is only that the pass did not write into constants that both programs
-share, of which ``planish.ir.snapshot`` misses a few bytes written behind torch's count.
+share, of which ``planish.ir.snapshot`` misses a few bytes written behind torch's count; the result
+of a whole run is therefore run in full once.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from planish.tools.bisect_subject import Subject, Wish
 
 _CONTEXT = 2  # lines around a difference
+_SHOWN = 60  # lines of the diff of one rewrite
 
 
 @dataclass(frozen=True)
@@ -270,11 +271,15 @@ def _write(found: Bisection, folder: Path | None) -> dict[str, str | None]:
 
 
 def _difference(found: Bisection) -> list[str]:
-    """The guilty rewrite as a diff; empty where the pass raised before there was a result."""
+    """The guilty rewrite as a diff; where the pass raised, the lines around its node before it."""
+    from planish.ir.text import excerpt
     from planish.ir.textdiff import compare
 
-    if found.before is None or found.after is None:
+    if found.before is None:
         return []
+    if found.after is None:
+        nodes = [n for n in found.before.nodes if n.name == found.node]
+        return excerpt(found.before, nodes[0]).splitlines() if nodes else []
     try:
         difference = compare(found.before, found.after)
     except Exception as error:  # what is no valid program may fail in any way
@@ -316,8 +321,10 @@ def _report(
         say(f"  the result of the recipe: {result.seen}")
     else:
         _say_answer(found, say)
-        for line in difference:
+        for line in difference[:_SHOWN]:
             say(line, _style(line))
+        if len(difference) > _SHOWN:
+            say(f"... {len(difference) - _SHOWN} more lines; -o DIR writes both programs")
     for remark in (*subject.remarks, *found.remarks):
         say(f"remark: {remark}", "yellow")
     if found.found:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from planish.ir.errors import PlanishError
 
 # command -> (module:attribute, one-line help shown by `planish --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -82,6 +87,19 @@ def cli() -> None:
         sys.path.append(os.getcwd())
 
 
+def _error_json(error: PlanishError) -> str:
+    """What went wrong, for a script that asked for JSON and would find nothing on stdout."""
+    parts = {
+        "kind": type(error).__name__,
+        "what": error.what,
+        "where": error.where,
+        "hint": error.hint,
+        "replay": error.replay,
+        "exit_code": error.exit_code,
+    }
+    return json.dumps({"error": parts}, indent=2)
+
+
 def main() -> None:
     """Run the command line; a ``PlanishError`` becomes its message and its exit code."""
     try:
@@ -101,6 +119,8 @@ def main() -> None:
 
         if not isinstance(error, PlanishError):
             raise
+        if "--json" in sys.argv:
+            click.echo(_error_json(error))
         click.echo(f"error: {error}", err=True)
         for note in getattr(error, "__notes__", ()):
             click.echo(f"note: {note}", err=True)

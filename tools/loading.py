@@ -130,7 +130,10 @@ def _hugging_face(folder: Path) -> Loaded:
     if not config_path.is_file():
         raise UsageError(
             f"{folder} has no config.json",
-            hint="give the folder that save_pretrained wrote",
+            hint=f"{folder} is the bundle of a failure: give {folder / 'program.pt2'}, or use "
+            "`planish repro` or `planish bisect`"
+            if (folder / "repro.json").is_file()
+            else "give the folder that save_pretrained wrote",
         )
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))

@@ -161,6 +161,8 @@ def test_where_a_pass_raises_there_is_only_a_program_before(planish_: Call, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["before.pt2"]
     assert "there is no program after it" in out
     assert "KeyError: 'planted'" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("--> ")]
+    assert "aten.relu" in line  # the node at which it crashed, among its neighbors
 
 
 def test_a_folder_is_not_left_behind_where_nothing_is_bad(planish_: Call, tmp_path: Path) -> None:

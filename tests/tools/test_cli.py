@@ -189,6 +189,22 @@ def test_usage_errors_name_what_is_wrong(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_is_json_where_json_was_asked_for(planish_: Call) -> None:
+    code, out, err = planish_("optimize", MODEL, "--recipe", "fold-batch-nrm", "--json")
+    told = json.loads(out)["error"]
+    assert told["kind"] == "RecipeError"
+    assert told["exit_code"] == code == 2
+    assert "fold-batch-nrm" in told["what"]
+    assert told["what"] in err
+
+
+def test_a_bundle_that_is_given_as_a_model_is_told_apart(planish_: Call, tmp_path: Path) -> None:
+    (tmp_path / "repro.json").write_text("{}", encoding="utf-8")
+    code, _, err = planish_("show", str(tmp_path))
+    assert code == 2
+    assert str(tmp_path / "program.pt2") in err
+
+
 def test_a_folder_that_is_no_model(planish_: Call, tmp_path: Path) -> None:
     code, _, err = planish_("show", str(tmp_path))
     assert code == 2
