@@ -226,3 +226,40 @@ def test_what_follows_a_dead_value_is_looked_at() -> None:
     rewriter = Rewriter(program, "p")
     rewrite(program, [Halve()], rewriter)
     assert [n.args[1] for n in program.operators] == [4, 1]
+
+
+def test_an_input_that_nobody_reads_any_more_stays(program: Program) -> None:
+    rewriter = Rewriter(program, "p")
+    first, second = (the(program, aten.relu.default, i) for i in (0, 1))
+    with rewriter.site("ones", first):
+        ones = rewriter.constant(torch.ones(2, 3), "ones", like=first)
+        rewriter.replace(first, ones)
+        rewriter.replace(second, ones)
+    done = rewriter.finish()
+    assert [len(node.users) for node in done.placeholders] == [0]
+    assert len(done.signature.tensor_names) == 1
+    verify(done)
+
+
+def test_what_was_erased_is_recorded_by_name() -> None:
+    program = captured(lambda x: (torch.rand_like(x), x.relu())[1])
+    rewriter = Rewriter(program, "p")
+    noise = the(program, aten.rand_like.default)
+    with rewriter.site("drop", noise):
+        rewriter.erase(noise)
+    assert [change.removed for change in rewriter.changes] == [("rand_like",)]
+
+
+def test_a_rule_that_raises_its_own_error_is_named(program: Program) -> None:
+    class Fails(Rule):
+        name = "fails"
+        roots = (aten.relu.default,)
+
+        def match(self, node: Node, program: Program) -> Match | Refusal | None:
+            raise UsageError("no such thing")
+
+        def rewrite(self, match: Match, rewriter: Rewriter) -> None:
+            raise AssertionError
+
+    with pytest.raises(UsageError, match="rule fails: no such thing"):
+        rewrite(program, [Fails()], Rewriter(program, "p"))
