@@ -253,7 +253,7 @@ def test_what_was_erased_is_recorded_by_name() -> None:
 def test_a_rule_that_raises_its_own_error_is_named(program: Program) -> None:
     class Fails(Rule):
         name = "fails"
-        roots = (aten.relu.default,)
+        roots = frozenset({aten.relu.default})
 
         def match(self, node: Node, program: Program) -> Match | Refusal | None:
             raise UsageError("no such thing")
