@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from planish.tools.console import print_json, stages, stdout
+from planish.tools.console import print_json, print_parts, stages, stdout
 from planish.tools.diff import print_unified
 from planish.tools.options import common, model_argument, optimize_loaded, verify_option
 from planish.tools.watching import Watching
@@ -79,6 +79,8 @@ def run_pass(
 
 
 def _print_passes(report: Report) -> None:
+    from planish.accuracy import accuracy_parts, ranked
+
     console = stdout()
     for entry in report.passes:
         if not entry.ran:
@@ -86,6 +88,9 @@ def _print_passes(report: Report) -> None:
             continue
         counts = f"{len(entry.changes)} changes, {len(entry.refusals)} refusals"
         console.print(f"{entry.name}: {counts}, {1e3 * entry.seconds:.1f} ms", highlight=False)
+        if entry.fidelity is not None and entry.cumulative is not None:
+            console.print(f"  outputs against those before: {entry.fidelity}", highlight=False)
+            console.print(f"  against the original: {entry.cumulative}", highlight=False)
         for change in entry.changes:
             at = f"  ({change.source})" if change.source else ""
             detail = f": {change.detail}" if change.detail else ""
@@ -97,5 +102,6 @@ def _print_passes(report: Report) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         for sentence in entry.remarks:
             console.print(f"  remark: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    print_parts(accuracy_parts(ranked(report.passes)))
     for sentence in report.remarks:
         console.print(f"remark: {sentence}", markup=False, highlight=False, soft_wrap=True)

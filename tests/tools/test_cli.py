@@ -226,3 +226,12 @@ def _perturb(source: Path, target: Path) -> None:
             changed = onnx.numpy_helper.from_array(values * np.float32(1.05), initializer.name)
             initializer.CopyFrom(changed)
     onnx.save(model, target)
+
+
+def test_run_pass_says_what_a_lossy_pass_cost(planish_: Call) -> None:
+    recipe = "tests.support.example_passes:RoundWeights"
+    code, out, _ = planish_("run-pass", MODEL, recipe, "--quiet")
+    assert code == 0
+    assert "outputs against those before: SQNR " in out
+    assert "where the accuracy went" in out
+    assert "conv.weight" in out.split("where the accuracy went")[1]
