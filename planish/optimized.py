@@ -82,7 +82,7 @@ class Optimized:
         """
         from planish.backends.base import ExportOptions
         from planish.backends.registry import load_backend
-        from planish.replaying import reproducible
+        from planish.failed_exports import reproducible
 
         if not isinstance(path, (str, os.PathLike)):
             raise UsageError(f"the path is {path!r}", hint="name a file: 'model.onnx'")

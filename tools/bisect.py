@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from planish.tools.console import print_json, stages, stdout
-from planish.tools.options import common, model_argument, target_option
+from planish.tools.options import (
+    calibration_option,
+    common,
+    model_argument,
+    target_option,
+)
 
 if TYPE_CHECKING:
     from planish.passes.debug.bisect import Bisection, Evaluation
@@ -140,11 +145,7 @@ def _asks(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--recipe", help="As for `planish optimize`; default exact.")
 @target_option
 @_asks
-@click.option(
-    "--calibration",
-    metavar="MODULE:CALLABLE",
-    help="Called without arguments; returns an iterable of inputs.",
-)
+@calibration_option
 @click.option("--exhaustive", is_flag=True, help="Look at every pass and site, not at log2 of it.")
 @click.option("--disable-pass", multiple=True, metavar="PASS", help="Leave it out; repeatable.")
 @click.option(

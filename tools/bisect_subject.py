@@ -121,8 +121,8 @@ class Wish:
         return Subject(program, recipe, target, batches, sites, remarks=tuple(remarks))
 
     def _bundle(self, stack: ExitStack, stage: Stages) -> Subject:
-        from planish.passes.debug.bundle import load_bundle
         from planish.passes.selecting import ExcludeSites, check_selection
+        from planish.tools.bundles import open_bundle
 
         for name in ("recipe", "target", "calibration", "seed"):
             if getattr(self, name) not in (None, 0):
@@ -130,7 +130,7 @@ class Wish:
                     f"--{name} is given, and the bundle brings its own", hint="leave it out"
                 )
         stage("loading")
-        bundle = load_bundle(self.model)
+        bundle = open_bundle(Path(self.model))
         if bundle.facts.stage == "export":
             raise UsageError(
                 "the bundle is of a failed export, in which no pass of a recipe took part",

@@ -116,13 +116,14 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         from planish.ir.errors import PlanishError
+        from planish.tools.console import printable
 
         if not isinstance(error, PlanishError):
             raise
         if "--json" in sys.argv:
             click.echo(_error_json(error))
-        click.echo(f"error: {error}", err=True)
+        click.echo(printable(f"error: {error}"), err=True)
         for note in getattr(error, "__notes__", ()):
-            click.echo(f"note: {note}", err=True)
+            click.echo(printable(f"note: {note}"), err=True)
         sys.exit(error.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

@@ -6,29 +6,51 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 
 _PLAIN_WIDTH = 120
 _SILENT_SECONDS = 2.0
 
 
+def printable(text: str) -> str:
+    """Text whose control characters are question marks; lines and tabs stay.
+
+    Names, source lines and messages come out of files, and must not steer the terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+class _Printable(Console):
+    """A console on which no text steers the terminal; rich's own codes are no text."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(printable(text), style)
+
+
 def stdout() -> Console:
     """The console for results: colored on a terminal, plain and wide in a pipe."""
     if sys.stdout.isatty():
-        return Console()
-    return Console(width=_plain_width(), color_system=None)
+        return _Printable()
+    return _Printable(width=_plain_width(), color_system=None)
 
 
 def stderr() -> Console:
     """The console for what is not a result: colored on a terminal, plain and wide elsewhere."""
     if sys.stderr.isatty():
-        return Console(stderr=True)
-    return Console(stderr=True, width=_plain_width(), color_system=None)
+        return _Printable(stderr=True)
+    return _Printable(stderr=True, width=_plain_width(), color_system=None)
 
 
 def _plain_width() -> int:
@@ -90,7 +112,7 @@ def stages(*, quiet: bool = False) -> Iterator[Stages]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=stderr(),
         transient=True,
     )
     start = threading.Timer(_SILENT_SECONDS, progress.start)

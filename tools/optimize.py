@@ -8,6 +8,7 @@ import click
 
 from planish.tools.console import print_json, print_parts, stages, stdout
 from planish.tools.options import (
+    calibration_option,
     check_output,
     check_target,
     common,
@@ -33,12 +34,7 @@ from planish.tools.watching import watching as watching_options
 @target_option
 @opset_option
 @verify_option
-@click.option(
-    "--calibration",
-    default=None,
-    metavar="MODULE:CALLABLE",
-    help="Called without arguments; returns an iterable of inputs.",
-)
+@calibration_option
 @click.option(
     "--report",
     type=click.Path(path_type=Path),

@@ -46,6 +46,12 @@ verify_option = click.option(
     help="When to check the program: after each pass, at the end, never.",
 )
 
+calibration_option = click.option(
+    "--calibration",
+    metavar="MODULE:CALLABLE",
+    help="Called without arguments; returns an iterable of inputs.",
+)
+
 opset_option = click.option("--opset", type=int, default=None, help="ONNX operator set version.")
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from planish.tools.bundles import open_bundle
 from planish.tools.console import print_json, stages, stdout
-from planish.tools.repro import import_nothing_from
 
 if TYPE_CHECKING:
     from planish.passes.debug.reduce_bundle import ReducedBundle
@@ -52,14 +52,12 @@ def reduce(bundle: Path, output: Path | None, max_tries: int, as_json: bool, qui
       planish reduce planish-repro-57a3046d98ce -o small --json
       cd small && planish optimize module:build --recipe recipe.yaml
     """
-    from planish.passes.debug.bundle import load_bundle
     from planish.passes.debug.reduce_bundle import reduce_bundle
 
-    import_nothing_from(bundle)
     folder = output or bundle.resolve().with_name(f"{bundle.resolve().name}-reduced")
     with stages(quiet=quiet) as stage:
         stage("loading")
-        found = load_bundle(bundle)
+        found = open_bundle(bundle)
         total = len(found.program.operators)
 
         def tell(progress: Progress) -> None:

@@ -13,6 +13,7 @@ import click
 from planish.ir.errors import UsageError
 from planish.tools.console import print_json, stages, stdout
 from planish.tools.options import (
+    calibration_option,
     check_output,
     check_target,
     common,
@@ -36,12 +37,7 @@ _OF_A_RUN = ("recipe", "target", "verify", "calibration", "runtime", "seed")
 @click.option("--recipe", default="exact", show_default=True, help="What to run on the model.")
 @target_option
 @verify_option
-@click.option(
-    "--calibration",
-    default=None,
-    metavar="MODULE:CALLABLE",
-    help="Called without arguments; returns an iterable of inputs.",
-)
+@calibration_option
 @click.option(
     "--runtime",
     is_flag=True,

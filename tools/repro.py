@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from planish.tools.console import print_json, stages, stdout
+from planish.tools.bundles import open_bundle
+from planish.tools.console import print_json, printable, stages, stdout
 
 if TYPE_CHECKING:
     from planish.passes.debug.bundle import Bundle
@@ -41,17 +41,16 @@ def repro(
     """
     from planish.ir.capture_errors import quiet as without_logs
     from planish.ir.errors import UsageError
-    from planish.passes.debug.bundle import load_bundle, replay
+    from planish.passes.debug.bundle import replay
 
     if show and (only_failing or program is not None):
         raise UsageError(
             "--show runs nothing", hint="leave out --only-failing and --program, or --show"
         )
-    found = load_bundle(bundle, program=not show)
+    found = open_bundle(bundle, program=not show)
     if show:
         _show(found, as_json=as_json)
         return 0
-    import_nothing_from(bundle)
     with stages(quiet=quiet) as stage:
         stage("loading")
         other = None
@@ -63,16 +62,6 @@ def repro(
         with without_logs():
             error = replay(found, other, only_failing=only_failing)
     return _report(found, error, as_json=as_json)
-
-
-def import_nothing_from(bundle: Path) -> None:
-    """Keep Python from importing files of a bundle, also where the current folder is within it.
-
-    The recipe of a bundle names the modules of its passes; a stranger's may bring the module along.
-    """
-    folder = bundle.resolve()
-    paths = {entry: Path(entry or ".").resolve() for entry in sys.path}
-    sys.path[:] = [p for p in sys.path if folder not in (paths[p], *paths[p].parents)]
 
 
 def _show(bundle: Bundle, *, as_json: bool) -> None:
@@ -144,7 +133,5 @@ def _report(bundle: Bundle, error: BaseException | None, *, as_json: bool) -> in
 
 def _print(lines: list[str]) -> None:
     console = stdout()
-    for line in "\n".join(lines).splitlines():
-        # What a file says must not steer the terminal.
-        shown = "".join(c if c.isprintable() or c == "\t" else "?" for c in line)
-        console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

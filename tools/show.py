@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from planish.tools.console import print_json, stages, stdout
+from planish.tools.console import print_json, printable, stages, stdout
 from planish.tools.options import common, model_argument, optimize_loaded, verify_option
 from planish.tools.watching import Watching, remarks, said
 from planish.tools.watching import watching as watching_options
@@ -103,7 +103,7 @@ def show(
     elif with_cost:
         _print_cost(result.program)
     else:
-        sys.stdout.write(found["text"])
+        sys.stdout.write(printable(found["text"]))
 
 
 def _cost(program: Program) -> dict[str, Any]:

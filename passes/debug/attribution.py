@@ -24,9 +24,9 @@ from planish.ir.errors import PlanishError, UsageError, VerificationError, sourc
 from planish.ir.execute import Observer
 from planish.ir.lockstep import Meeting, Place, lockstep
 from planish.ir.program import Program
+from planish.passes.debug.alone import Replay, feedable, replay
 from planish.passes.debug.ancestry import origins
 from planish.passes.debug.lineage import Stands, stands
-from planish.passes.debug.replay import Replay, feedable, replay
 from planish.passes.debug.rewritten import Rewritten, fixed_nodes, rewritten
 from planish.passes.steps import NodeError
 
@@ -211,7 +211,7 @@ def _alone(item: Rewritten, plan: Replay, errors: Accumulator) -> Meeting:
     return Meeting(((_BEFORE, item.old), *((_BEFORE, node) for node in needs)), act)
 
 
-def _add(errors: Accumulator, reference: Any, value: Any, item: Rewritten) -> None:  # noqa: ANN401
+def _add(errors: Accumulator, reference: object, value: object, item: Rewritten) -> None:
     try:
         errors.add(reference, value)
     except UsageError as error:

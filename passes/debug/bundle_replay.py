@@ -163,6 +163,6 @@ def _replay_export(bundle: Bundle, program: Program) -> BaseException | None:
     """Emission lives in a layer above this one, which is looked up only here."""
     import importlib
 
-    function = importlib.import_module("planish.replaying").replay_export
+    function = importlib.import_module("planish.failed_exports").replay_export
     found: BaseException | None = function(bundle, program)
     return found

@@ -12,7 +12,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -189,7 +189,9 @@ def tensor(value: Tensor) -> str | None:
     return f"torch.tensor({literal(numbers, {})}, dtype={dtype})"
 
 
-def _gives(value: Tensor, make: Any, argument: Any, dtype: torch.dtype) -> bool:  # noqa: ANN401
+def _gives(
+    value: Tensor, make: Callable[..., Tensor], argument: object, dtype: torch.dtype
+) -> bool:
     try:
         made = make(argument, dtype=dtype)
     except (RuntimeError, TypeError):  # rare element types cannot be made this way

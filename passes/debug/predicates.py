@@ -141,7 +141,12 @@ class KeepsContract(OnOutputs):
     watches = True
     probe = True
 
-    def __init__(self, *, bounds: tuple[float, ...] | None = None, **options: Any):  # noqa: ANN401
+    def __init__(
+        self,
+        *,
+        bounds: tuple[float, ...] | None = None,
+        **options: Any,  # noqa: ANN401 - those of OnOutputs
+    ):
         super().__init__(**options)
         self._given = bounds
         self._seconds: _Seconds = {}

@@ -75,7 +75,7 @@ def static(program: Program) -> Program | None:
     return assembled(program, graph, program.constants, (tuple(sample),))
 
 
-def _static_call(new: Program, node: Node, mapping: dict[Node, Any]) -> Any:  # noqa: ANN401
+def _static_call(new: Program, node: Node, mapping: dict[Node, Any]) -> Any:  # noqa: ANN401 - a value
     """The call over static types, or the number it gives."""
     made = new.graph.node_copy(node, lambda n: mapping[n])
     value = infer_node(new, made)

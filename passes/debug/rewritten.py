@@ -15,8 +15,8 @@ from torch.fx import Node
 from planish.ir.changes import Change
 from planish.ir.lockstep import is_random
 from planish.ir.program import Program
+from planish.passes.debug.alone import feedable
 from planish.passes.debug.lineage import Stands
-from planish.passes.debug.replay import feedable
 
 
 @dataclass(frozen=True)

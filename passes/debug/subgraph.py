@@ -145,7 +145,7 @@ def assembled(
 ) -> Program:
     """A program over flat tuples, with the names of the graph and the dimensions of ``origin``."""
     inputs = tuple(n.name for n in graph.find_nodes(op="placeholder"))
-    results: tuple[Node, ...] = tuple(graph.output_node().args[0])  # type: ignore[arg-type]
+    results: tuple[Node, ...] = tuple(graph.output_node().args[0])  # type: ignore[arg-type]  # a tuple
     symbols = {str(s) for n in graph.nodes for s in symbols_of(n.meta.get("val"))}
     signature = Signature(
         parameters=inputs,

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import planish
 from planish.ir.files import save
+from planish.tools.cli import main
+from planish.tools.console import stderr, stdout
 from tests.support.command import Call
 from tests.support.failing_passes import Crash, Wrong
 
@@ -160,7 +164,7 @@ def test_a_note_on_an_error_is_printed(
     assert "\nnote: no bundle was written to replay this: " in err
 
 
-@pytest.mark.parametrize("command", ["repro", "reduce"])
+@pytest.mark.parametrize("command", ["repro", "reduce", "bisect"])
 def test_no_module_that_lies_in_a_bundle_is_imported(bundle: Path, command: str) -> None:
     recipe = (bundle / "recipe.yaml").read_text()
     assert "tests.support.failing_passes:Wrong" in recipe
@@ -183,3 +187,23 @@ def test_what_a_bundle_says_does_not_steer_the_terminal(planish_: Call, bundle: 
     code, out, _ = planish_("repro", bundle, "--show")
     assert code == 0
     assert out.startswith("red ?[31m and ? a bell\n")
+
+
+def test_no_name_or_message_steers_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = "a\x1b]0;title\x9bc"
+    for console in (stdout(), stderr()):
+        console.print(hostile, markup=False)
+        console.print(Text(hostile, style="red"))
+        table = Table()
+        table.add_column(hostile)
+        table.add_row(hostile)
+        console.print(table)
+    monkeypatch.setattr(sys, "argv", ["planish", "show", f"{hostile}.pt2"])
+    with pytest.raises(SystemExit):
+        main()
+    captured = capsys.readouterr()
+    for output in (captured.out, captured.err):
+        assert output.count("a?]0;title") >= 3
+        assert all(c.isprintable() or c == "\n" for c in output)

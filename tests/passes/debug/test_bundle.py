@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from planish.ir.capture import capture
 from planish.ir.errors import (
     ExportError,
     PassError,
@@ -43,31 +42,14 @@ from planish.passes.debug.bundle_replay import drift
 from planish.passes.instruments import default_instruments
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
+from tests.passes.debug.bundling import deep
 from tests.support import failing_passes as failing
 from tests.support.example_passes import SwapActivation
 
 
-class Net(nn.Module):
-    def __init__(self, width: int = 6, depth: int = 1) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return torch.relu(x) * 2
-
-
-def net(width: int = 6, depth: int = 1, batch: int = 3) -> Program:
-    x = torch.linspace(-1.0, 2.0, batch * width).reshape(batch, width)
-    shapes = {"x": {0: torch.export.Dim("batch", max=64)}}
-    return capture(Net(width, depth).eval(), (x,), dynamic_shapes=shapes)
-
-
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return net()
+    return deep()
 
 
 FAILURE = Failure("crash", "pass crash (step 2)", "crash/crash/ValueError", "it failed\n  at: x")
@@ -134,7 +116,7 @@ def test_the_folder_is_named_for_its_content_and_private(
     assert folder.stat().st_ino != inode
     assert load_bundle(folder).failure.message == "else"
     assert written(program, tmp_path, seed=6) != folder
-    assert written(net(depth=2), tmp_path) != folder
+    assert written(deep(depth=2), tmp_path) != folder
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -293,8 +275,8 @@ def failure(program: Program, *passes: Pass, **options: Any) -> Failure:
     ids=str,
 )
 def test_a_signature_knows_no_sizes_names_and_places(pass_: Pass) -> None:
-    first = failure(net(), pass_)
-    other = failure(net(width=9, depth=3, batch=5), SwapActivation(to="relu"), pass_)
+    first = failure(deep(), pass_)
+    other = failure(deep(width=9, depth=3, batch=5), SwapActivation(to="relu"), pass_)
     assert first.message != other.message
     assert first.signature == other.signature
     assert not any(c.isdigit() for c in first.signature)
@@ -302,7 +284,7 @@ def test_a_signature_knows_no_sizes_names_and_places(pass_: Pass) -> None:
 
 def test_a_signature_tells_passes_rules_and_kinds_apart() -> None:
     found = {
-        failure(net(), pass_, **options).signature
+        failure(deep(), pass_, **options).signature
         for pass_, options in (
             (failing.CrashInRule(), {}),
             (failing.Crash(), {}),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from planish.ir.capture import capture
 from planish.ir.errors import PlanishError
@@ -19,30 +19,13 @@ from planish.passes.debug.reproduce import Reproduce
 from planish.passes.instruments import default_instruments
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
+from tests.passes.debug.bundling import deep
 from tests.support import failing_passes as failing
-
-
-class Net(nn.Module):
-    def __init__(self, width: int = 6, depth: int = 1) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return torch.relu(x) * 2
-
-
-def net(width: int = 6, depth: int = 1, batch: int = 3) -> Program:
-    x = torch.linspace(-1.0, 2.0, batch * width).reshape(batch, width)
-    shapes = {"x": {0: torch.export.Dim("batch", max=64)}}
-    return capture(Net(width, depth).eval(), (x,), dynamic_shapes=shapes)
 
 
 @pytest.fixture(scope="module")
 def program() -> Program:
-    return net()
+    return deep()
 
 
 def bundled(program: Program, folder: Path, *passes: Pass) -> Bundle:
@@ -62,7 +45,7 @@ def same(bundle: Bundle, program: Program | None = None, **options: Any) -> bool
 def test_another_program_may_be_replayed(program: Program, tmp_path: Path) -> None:
     bundle = bundled(program, tmp_path, failing.Wrong(how="elsewhere"))
     assert same(bundle)
-    smaller = net(width=2)
+    smaller = deep(width=2)
     before = text(smaller)
     assert same(bundle, smaller)  # other sizes: it takes its own second probe
     assert text(smaller) == before
@@ -81,21 +64,21 @@ def test_only_the_failing_pass_can_be_replayed(program: Program, tmp_path: Path)
 
 
 def test_the_pinned_probe_is_the_one_of_the_run(tmp_path: Path) -> None:
-    bundle = bundled(net(), tmp_path, failing.Wrong(how="size"))
+    bundle = bundled(deep(), tmp_path, failing.Wrong(how="size"))
     assert bundle.facts.sizes == {"batch": 4}
     compare = PinnedCompare(bundle)
     probe = compare.second(bundle.program)
     assert probe.inputs is not None
     assert bundle.probe is not None
     assert torch.equal(probe.inputs[0], next(iter(bundle.probe))[0])
-    assert compare.second(net(width=2)).inputs is not None  # its own: the pinned does not fit
+    assert compare.second(deep(width=2)).inputs is not None  # its own: the pinned does not fit
 
 
 def test_bounds_for_another_program_are_never_tighter(program: Program, tmp_path: Path) -> None:
     bundle = bundled(program, tmp_path, failing.Wrong())
     bundle.facts = replace(bundle.facts, bounds=(0.25,))
     assert PinnedCompare(bundle).bounds(bundle.program) == (0.25,)
-    assert PinnedCompare(bundle).bounds(net(width=2)) == (0.25,)
+    assert PinnedCompare(bundle).bounds(deep(width=2)) == (0.25,)
     bundle.facts = replace(bundle.facts, bounds=(1e-9,))
     assert PinnedCompare(bundle).bounds(bundle.program) == (1e-9,)
     two = capture(nn.LSTM(2, 2).eval(), (torch.ones(1, 2),))

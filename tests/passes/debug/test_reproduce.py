@@ -28,20 +28,11 @@ from planish.passes.instruments import (
     SiteLimit,
 )
 from planish.passes.steps import Step
+from tests.passes.debug.bundling import Net, bundle_in, sample
 from tests.support import failing_passes as failing
 from tests.support.example_passes import Everything, RoundWeights, SwapActivation
 from tests.support.real_models import inputs, loaded
 from tests.support.repository import ROOT
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(4, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x))
 
 
 class Half(Net):
@@ -49,10 +40,6 @@ class Half(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.linear(x).to(torch.bfloat16).to(torch.float32))
-
-
-def sample() -> Tensor:
-    return torch.linspace(-1.0, 2.0, 12).reshape(3, 4)
 
 
 BATCH = {"x": {0: torch.export.Dim("batch", max=64)}}
@@ -165,12 +152,6 @@ def fails(case: Case, folder: Path | None) -> PlanishError:
             **case.options,
         )
     return caught.value
-
-
-def bundle_in(folder: Path) -> Path:
-    found = [p for p in folder.iterdir() if p.name.startswith("planish-repro-")]
-    assert len(found) == 1, [p.name for p in folder.iterdir()]
-    return found[0]
 
 
 @pytest.fixture(scope="module")

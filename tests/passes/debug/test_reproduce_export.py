@@ -13,18 +13,9 @@ import planish
 from planish.ir.errors import PlanishError
 from planish.ir.text import text
 from planish.passes.debug.bundle import failure_of, load_bundle, replay
+from tests.passes.debug.bundling import Net, bundle_in, sample
 
 COMMAND_LINE = "from planish.tools.cli import main; main()"
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(4, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x))
 
 
 class Gcd(nn.Module):
@@ -32,16 +23,6 @@ class Gcd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.gcd(x, x + 4)
-
-
-def sample() -> Tensor:
-    return torch.linspace(-1.0, 2.0, 12).reshape(3, 4)
-
-
-def bundle_in(folder: Path) -> Path:
-    found = [p for p in folder.iterdir() if p.name.startswith("planish-repro-")]
-    assert len(found) == 1, [p.name for p in folder.iterdir()]
-    return found[0]
 
 
 # -- exports --------------------------------------------------------------------------------------

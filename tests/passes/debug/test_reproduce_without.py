@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from planish.ir.capture import capture
 from planish.ir.errors import PassError, RequirementError
@@ -18,29 +18,9 @@ from planish.passes.instruments import Instrument, default_instruments
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
 from planish.passes.steps import Step
+from tests.passes.debug.bundling import Net, bundle_in, sample
 from tests.support import failing_passes as failing
 from tests.support.example_passes import SwapActivation, calling
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(4, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x))
-
-
-def sample() -> Tensor:
-    return torch.linspace(-1.0, 2.0, 12).reshape(3, 4)
-
-
-def bundle_in(folder: Path) -> Path:
-    found = [p for p in folder.iterdir() if p.name.startswith("planish-repro-")]
-    assert len(found) == 1, [p.name for p in folder.iterdir()]
-    return found[0]
-
 
 # -- what cannot be bundled -----------------------------------------------------------------------
 

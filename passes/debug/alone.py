@@ -54,7 +54,7 @@ class Replay:
             # A view may need the strides that its operand has after the pass, and not before.
             return self._computed(fed, contiguous=True)
 
-    def _computed(self, fed: Mapping[Node, Any], *, contiguous: bool = False) -> Any:  # noqa: ANN401
+    def _computed(self, fed: Mapping[Node, Any], *, contiguous: bool = False) -> Any:  # noqa: ANN401 - as above
         env = {
             node: _as_declared(fed[old], node.meta.get("val"), contiguous=contiguous)
             for node, old in self.feeds.items()
@@ -142,7 +142,7 @@ def _like(old: object, new: object) -> bool:
     return same and [str(n) for n in old.shape] == [str(n) for n in new.shape]
 
 
-def _as_declared(value: Any, declared: object, *, contiguous: bool) -> Any:  # noqa: ANN401
+def _as_declared(value: object, declared: object, *, contiguous: bool) -> object:
     """A value before in the type that its place now has: a narrower one rounds what it is fed."""
     if isinstance(value, Tensor) and isinstance(declared, Tensor):
         converted = value.to(declared.dtype)
