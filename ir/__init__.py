@@ -3,7 +3,7 @@
 if __name__ != "planish.ir":
     raise ImportError("import this package as 'planish.ir'")
 
-from planish.ir import operators
+from planish.ir import operators, quant_ops
 from planish.ir.capture import capture, from_exported
 from planish.ir.exported import to_exported_program
 from planish.ir.files import load, save

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from planish.ir.ops import argument, op_name
 from planish.ir.program import Program
+from planish.ir.quantscheme import INTEGERS
 from planish.ir.tensortype import SparseLayout, dtype_name
 from planish.ir.verify_rules import Fault, Subject
 
@@ -119,10 +120,30 @@ def _same_value(program: Program, a: object, b: object) -> bool:
     return bool(a == b)  # of two computed values nothing is known: they are not the same
 
 
+def _scheme(program: Program, node: Node) -> str | None:
+    """The scheme of planish's own operators."""
+    low, high, _ = INTEGERS.get(argument(node, "dtype"), (0, 0, None))
+    if low == high:
+        return f"there are no integers {argument(node, 'dtype')!r}"
+    problem = scale_problem(program, argument(node, "scale"))
+    if problem is not None:
+        return problem
+    zeros = known_value(program, argument(node, "zero_point"))
+    if zeros is not None and not bool(((zeros >= low) & (zeros <= high)).all()):
+        return f"its zero point is outside of {low} to {high}"
+    codes = known_value(program, node.args[0])
+    is_codes = codes is not None and op_name(node.target) == "planish.dequantize"
+    if is_codes and not bool(((codes >= low) & (codes <= high)).all()):  # type: ignore[operator]  # is_codes says so
+        return f"its constant holds integers outside of {low} to {high}"
+    return _partner_problem(program, node, ("scale", "zero_point", "dtype", "axis", "block_size"))
+
+
 _DECOMPOSED = "quantized_decomposed."
 
 # Operator, as it is printed -> what its scheme must satisfy.
 OPERATOR_SCHEMES: Mapping[str, Scheme] = {
+    "planish.quantize": _scheme,
+    "planish.dequantize": _scheme,
     _DECOMPOSED + "quantize_per_tensor": _decomposed_scheme,
     _DECOMPOSED + "quantize_per_tensor.tensor": _decomposed_scheme,
     _DECOMPOSED + "quantize_per_channel": _decomposed_scheme,
