@@ -27,6 +27,7 @@ __all__ = [
     "from_exported",
     "load",
     "operators",
+    "quant_ops",
     "rewrite_greedily",
     "save",
     "text",

@@ -186,7 +186,8 @@ def to_blocks(x: Tensor, axis: int, block_size: int) -> Tensor:
     if missing:
         last = x.narrow(axis, x.shape[axis] - 1, 1)
         x = torch.cat([x, last.expand(*x.shape[:axis], missing, *x.shape[axis + 1 :])], axis)
-    return x.unflatten(axis, (-1, block_size))
+    blocks: Tensor = x.unflatten(axis, (-1, block_size))
+    return blocks
 
 
 def spread(p: Tensor, x: Tensor, axis: int | None, block_size: int) -> Tensor:

@@ -132,8 +132,8 @@ def _scheme(program: Program, node: Node) -> str | None:
     if zeros is not None and not bool(((zeros >= low) & (zeros <= high)).all()):
         return f"its zero point is outside of {low} to {high}"
     codes = known_value(program, node.args[0])
-    is_codes = codes is not None and op_name(node.target) == "planish.dequantize"
-    if is_codes and not bool(((codes >= low) & (codes <= high)).all()):  # type: ignore[operator]  # is_codes says so
+    is_code = op_name(node.target) == "planish.dequantize"
+    if is_code and codes is not None and not bool(((codes >= low) & (codes <= high)).all()):
         return f"its constant holds integers outside of {low} to {high}"
     return _partner_problem(program, node, ("scale", "zero_point", "dtype", "axis", "block_size"))
 
