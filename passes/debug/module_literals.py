@@ -23,6 +23,7 @@ from torch.fx import Node
 from planish.ir.archive import raw_bytes
 from planish.ir.errors import UnsupportedError
 from planish.ir.ops import op_name
+from planish.passes.debug.module_operators import operator_name, reserved_names
 from planish.passes.debug.reduce_steps import pattern
 
 _INLINE = 16  # elements of a tensor that is written out
@@ -64,6 +65,7 @@ _RESERVED = frozenset(
         *("torch", "nn", "Dim", "Tensor", "Path", "json", "math", "operator", "self", "stored"),
         *("inputs", "DTYPES", "load", "pattern"),
         *("Reduced", "build"),
+        *reserved_names(),
     }
 )
 _INFIX = {
@@ -148,6 +150,9 @@ def _function(target: Any) -> str:  # noqa: ANN401 - whatever fx calls
         namespace, _, name = target._schema.name.partition("::")
         if namespace in _NAMESPACES:
             return f"torch.ops.{namespace}.{_plain(name)}.{_plain(target._overloadname)}"
+        own = operator_name(target)
+        if own is not None:
+            return own
     else:
         name = getattr(target, "__name__", "")
         for module in (torch, math, operator):

@@ -32,6 +32,7 @@ from planish.passes.debug.module_literals import (
     restrided,
     tensor,
 )
+from planish.passes.debug.module_operators import operators_source
 
 MODULE = "module.py"
 CONSTANTS = "constants.safetensors"
@@ -121,7 +122,9 @@ class _Source:
         parts = [self.model(), self.build()]
         body = "\n\n".join(parts)
         helpers = PATTERN if "pattern(" in body else ""
-        imports = ["import torch", "from torch import nn"]
+        own = operators_source(node.target for node in self.program.operators)
+        helpers += own
+        imports = ["import torch", f"from torch import {'Tensor, ' if own else ''}nn"]
         if "Dim(" in body or "Dim.AUTO" in body:
             imports.append("from torch.export import Dim")
         plain = [f"import {m}" for m in ("math", "operator") if f" {m}." in body]
