@@ -31,8 +31,9 @@ class Cost:
     """Cost of one program on its sample.
 
     Attributes:
-        parameters: elements of all floating-point and quantized constants, tied ones once.
-        bytes: size of all constants.
+        parameters: elements of all floating-point and quantized constants, tied ones once; scales
+            and zero points are none.
+        bytes: size of all constants as a file packs them, 4-bit integers two to a byte.
         macs: multiply-accumulates of one run.
     """
 
@@ -47,20 +48,48 @@ class Cost:
 
 def cost(program: Program) -> Cost:
     """The cost of a program."""
-    live = {str(n.target) for n in program.graph.find_nodes(op="get_attr")}
+    roles = _roles(program)
     tensors = {
-        id(t): t for name, t in program.constants.items() if name in live and isinstance(t, Tensor)
+        id(t): (t, roles[name])
+        for name in sorted(roles)
+        if isinstance(t := program.constants.get(name), Tensor)
     }
     return Cost(
-        parameters=sum(t.numel() for t in tensors.values() if _is_parameter(t)),
-        bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        parameters=sum(t.numel() for t, role in tensors.values() if _is_parameter(t, role)),
+        bytes=sum(_packed_bytes(t, role) for t, role in tensors.values()),
         macs=sum(macs_by_operator(program).values()),
     )
 
 
-def _is_parameter(tensor: Tensor) -> bool:
+_SCHEME = "scale or zero point"
+
+
+def _roles(program: Program) -> dict[str, str]:
+    """Live constant -> the integers it holds ("int4"), ``_SCHEME``, or "" for any other."""
+    roles: dict[str, str] = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        for user in node.users:
+            role = ""
+            if op_name(user.target) in ("planish.quantize", "planish.dequantize"):
+                is_code = user.args[0] is node
+                role = str(argument(user, "dtype")) if is_code else _SCHEME
+            name = str(node.target)
+            # What something else reads as well is a plain constant.
+            roles[name] = role if roles.setdefault(name, role) == role else ""
+    return roles
+
+
+def _is_parameter(tensor: Tensor, role: str) -> bool:
+    if role:
+        return role != _SCHEME
     plain = tensor.is_floating_point() or tensor.is_complex()
     return plain or tensor.dtype in (torch.int8, torch.uint8)
+
+
+def _packed_bytes(tensor: Tensor, role: str) -> int:
+    if role in ("int4", "uint4"):
+        return (tensor.numel() + 1) // 2
+    return tensor.numel() * tensor.element_size()
 
 
 def macs_by_operator(program: Program) -> dict[str, int]:

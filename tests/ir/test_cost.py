@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from planish.ir import Program, capture, from_exported
 from planish.ir.cost import Cost, cost, macs_by_operator
+from planish.ir.quantscheme import QuantScheme
 
 
 class Call(nn.Module):
@@ -260,3 +261,27 @@ def test_sizes_with_a_rest_and_numbers_among_the_inputs() -> None:
     assert cost(program).macs == 5 * 3
     program.samples = ((torch.randn(1, 3), 8),)
     assert cost(program).macs == 8 * 3
+
+
+def test_quantized_weights_count_as_they_are_packed() -> None:
+    scheme = QuantScheme(dtype="int4", granularity="block", axis=1, block_size=4)
+    scale, zero = scheme.qparams_of(torch.randn(3, 8))
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Buffer(scheme.quantize(torch.randn(3, 8), scale, zero))
+            self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero)
+            self.bias = nn.Buffer(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = torch.ops.planish.dequantize(
+                self.codes, self.scale, self.zero, dtype="int4", axis=1, block_size=4
+            )
+            return F.linear(x, weight, self.bias)
+
+    found = cost(capture(Packed(), (torch.randn(2, 8),)))
+    assert found.parameters == 24 + 3
+    # 24 codes, 6 scales, 6 zero points, 3 float biases
+    assert found.bytes == 12 + 24 + 6 + 12
+    assert found.macs == 2 * 3 * 8
