@@ -280,7 +280,7 @@ def test_quantized_weights_count_as_they_are_packed() -> None:
             )
             return F.linear(x, weight, self.bias)
 
-    found = cost(capture(Packed(), (torch.randn(2, 8),)))
+    found = cost(capture(Packed().eval(), (torch.randn(2, 8),)))
     assert found.parameters == 24 + 3
     # 24 codes, 6 scales, 6 zero points, 3 float biases
     assert found.bytes == 12 + 24 + 6 + 12
