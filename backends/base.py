@@ -70,6 +70,8 @@ class ExportOptions:
         external_data_bytes: constants go to a second file once all of them exceed this.
         verify: whether to run the artifact and compare it with the program.
         remark: takes a sentence for the report.
+        quantization: how near a quantized program is to the float one it was made of, where that
+            is known; the file must not be further from the program than that.
     """
 
     opset: int | None = None
@@ -80,6 +82,7 @@ class ExportOptions:
     external_data_bytes: int = PROTOBUF_LIMIT_BYTES
     verify: bool = True
     remark: Callable[[str], None] = _no_remark
+    quantization: Fidelity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +113,53 @@ class RuntimeReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stepwise:
+    """How near a quantized artifact is to its program, one operator at a time.
+
+    Every operator was fed with the artifact's own values; the runtime's graph optimizations were
+    off. What differed by more than is allowed is an error, so these are the differences within.
+
+    Attributes:
+        probes: what was compared.
+        values: how many nodes of the program have a value of their own in the artifact and agree.
+        unchecked: names of nodes whose value could not be judged: it depends on the last bit of
+            numbers that the artifact does not show.
+        max_steps: largest difference of integers, in quantization steps.
+        max_relative: largest difference of real numbers, relative to the largest of the value.
+    """
+
+    probes: tuple[str, ...]
+    values: int
+    unchecked: tuple[str, ...]
+    max_steps: int
+    max_relative: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "probes": list(self.probes),
+            "values": self.values,
+            "unchecked": list(self.unchecked),
+            "max_steps": self.max_steps,
+            "max_relative": self.max_relative,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """How near an artifact's outputs are to the program's.
 
     Attributes:
         probes: what was compared, "sample 0", "batch=3, sequence=129".
-        fidelity: the worst of each metric over all probes.
+        fidelity: the worst of each metric over all probes, with all of the runtime's
+            optimizations.
+        stepwise: the comparison operator by operator; None for a float program, whose whole
+            outputs must agree.
     """
 
     probes: tuple[str, ...]
     fidelity: Fidelity
+    stepwise: Stepwise | None = None
 
     @property
     def max_abs(self) -> float:

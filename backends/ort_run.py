@@ -33,12 +33,20 @@ class Session:
         path: the model.
         threads: for one operator; None for the runtime's default.
         read_back: keep what ``operators`` needs. Use the session as a context manager then.
+        optimize: False leaves out all of the runtime's graph optimizations.
 
     Raises:
         ExportError: the runtime refuses the file.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, read_back: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        read_back: bool = False,
+        optimize: bool = True,
+    ):
         import onnxruntime
 
         self.path = path
@@ -49,6 +57,9 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
+        if not optimize:
+            level = onnxruntime.GraphOptimizationLevel
+            options.graph_optimization_level = level.ORT_DISABLE_ALL
         if read_back:
             self._observe(options)
         try:

@@ -1,4 +1,12 @@
-"""Compare a written file with the program it came from, before it is moved into place."""
+"""Compare a written file with the program it came from, before it is moved into place.
+
+A float program and its file agree in their whole outputs, within the bound of the dtype. A
+quantized one agrees operator by operator (``planish.backends.stepwise``); its whole outputs drift
+apart by roundings that fall the other way, and that drift is measured and reported. It may not be
+worse than what quantizing did: a file further from its program than the program is from the float
+one, or, where that is not known, than ``DRIFT_FLOOR_DB``, is an error. A drift of at least
+``DRIFT_FINE_DB`` is fine in any case: a program that quantizing hardly moved still rounds.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +19,27 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planish.backends.base import Comparison, RuntimeReport
+from planish.backends.base import Comparison, RuntimeReport, Stepwise
 from planish.backends.ort_run import Session
-from planish.ir.compare import Fidelity, bounds_of, difference, measure, worst
+from planish.backends.stepwise import Emission, is_quantized, stepwise
+from planish.ir.compare import Fidelity, bounds_of, difference, measure, sqnr_db, worst
 from planish.ir.errors import ExportError
 from planish.ir.execute import run
 from planish.ir.probe import second_reference
 from planish.ir.program import Program
 
+# Where nobody knows what quantizing did: a tenth of the signal's energy.
+DRIFT_FLOOR_DB = 10.0
+DRIFT_FINE_DB = 30.0
+
 
 def verify_artifact(
-    program: Program, path: Path, remark: Callable[[str], None]
+    program: Program,
+    path: Path,
+    remark: Callable[[str], None],
+    *,
+    emission: Emission | None = None,
+    quantization: Fidelity | None = None,
 ) -> tuple[Comparison, RuntimeReport]:
     """Run the file on every sample and on a second probe of other sizes.
 
@@ -29,18 +47,30 @@ def verify_artifact(
         program: what the file must compute.
         path: the file.
         remark: told what could not be checked.
+        emission: what was written; a quantized program needs it.
+        quantization: how near a quantized program is to the float one; None where not known.
 
     Raises:
-        ExportError: an output differs by more than the bound of its dtype; names it.
+        ExportError: an output of a float program differs by more than the bound of its dtype, an
+            operator of a quantized one by more than a step, or its outputs by more than
+            quantizing moved them; names it.
     """
     bounds = bounds_of(program)
+    quantized = is_quantized(program)
+    probes = _probes(program, remark)
+    steps: Stepwise | None = None
+    if quantized:
+        assert emission is not None
+        steps = stepwise(emission, path, [(label, inputs) for label, inputs, _ in probes])
     with Session(path, read_back=True) as session:
-        probes: list[str] = []
         found: list[Fidelity] = []
-        for label, inputs, expected in _probes(program, remark):
+        for label, inputs, expected in probes:
             outputs = tensors(program, session.run(inputs))
-            problem = difference(
-                expected, outputs, names=program.signature.output_names, bounds=bounds
+            names = program.signature.output_names
+            problem = (
+                _drift(expected, outputs, quantization)
+                if quantized
+                else difference(expected, outputs, names=names, bounds=bounds)
             )
             if problem:
                 raise ExportError(
@@ -48,10 +78,35 @@ def verify_artifact(
                     where=f"{path.name}, {label}",
                     hint="this is a defect of planish or of the runtime: report it with the model",
                 )
-            probes.append(label)
             found.append(measure(expected, outputs))
         fidelity = worst(found) or measure((), ())  # a program built by hand has no samples
-        return Comparison(probes=tuple(probes), fidelity=fidelity), session.report()
+        labels = tuple(label for label, _, _ in probes)
+        return Comparison(probes=labels, fidelity=fidelity, stepwise=steps), session.report()
+
+
+def _drift(
+    expected: Sequence[Any], outputs: Sequence[Any], quantization: Fidelity | None
+) -> str | None:
+    """Say that roundings moved the outputs by more than quantizing did."""
+    known = DRIFT_FLOOR_DB if quantization is None else quantization.sqnr_db
+    least = min(known, DRIFT_FINE_DB)
+    for position, (b, a) in enumerate(zip(expected, outputs, strict=True)):
+        problem = difference([b], [a])
+        if problem is None:
+            continue
+        if not isinstance(b, Tensor) or not isinstance(a, Tensor) or a.shape != b.shape:
+            return problem
+        if not b.is_floating_point():
+            continue  # an index of the largest number may change with its last bit
+        found = sqnr_db(b, a)
+        if found < least:
+            reason = (
+                f"quantizing itself left {known:.1f} dB"
+                if quantization is not None
+                else f"at least {least:.0f} dB are asked of any quantized file"
+            )
+            return f"output {position} agrees to {found:.1f} dB SQNR only; {reason}"
+    return None
 
 
 def _probes(
