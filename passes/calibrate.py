@@ -33,7 +33,7 @@ UNUSED = "calibration was given, but no pass of the recipe is calibrated or loss
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether calibration inputs have any use: for a pass, or to measure what a lossy one did."""
     return any(
-        Fact.CALIBRATED in pass_.requires or pass_.contract is Contract.LOSSY
+        Fact.CALIBRATED in pass_.needs() or pass_.contract is Contract.LOSSY
         for pass_ in recipe.passes
     )
 

@@ -43,6 +43,8 @@ REGISTRY: Mapping[str, str] = {
     "fold-scalar": "planish.passes.fold.fold_scalar:FoldScalar",
     "merge-linears": "planish.passes.fold.merge_linears:MergeLinears",
     "fuse-parallel-linears": "planish.passes.fuse.parallel_linears:FuseParallelLinears",
+    "quantize": "planish.passes.quantize.quantize:Quantize",
+    "keep-float": "planish.passes.quantize.keep_float:KeepFloat",
 }
 
 

@@ -141,7 +141,7 @@ def _overruled(recipe: Recipe, target: str, seed: int) -> list[str]:
 
 def _unused(recipe: Recipe, loss: object, labeled: object) -> list[str]:
     """Remarks on arguments that no pass looks at."""
-    wanted = frozenset().union(*(pass_.requires for pass_ in recipe.passes))
+    wanted = frozenset().union(*(pass_.needs() for pass_ in recipe.passes))
     return [
         f"{name} was given, but no pass of the recipe asks for it"
         for name, given, fact in (("loss", loss, Fact.LOSS), ("labeled", labeled, Fact.LABELS))

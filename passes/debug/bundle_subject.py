@@ -49,7 +49,7 @@ def kept_passes(
     for step in subject.steps:
         needed = subject.failing is None or step is subject.failing
         problem = _unimportable(step.pass_)
-        wanted = sorted(fact.name.lower() for fact in step.pass_.requires & _UNBUNDLED)
+        wanted = sorted(fact.name.lower() for fact in step.pass_.needs() & _UNBUNDLED)
         if problem:
             left_out.append(f"{step.label}: {problem}")
         if wanted:

@@ -1,0 +1,205 @@
+"""Write the operands of products, and what lies between them, as small integers.
+
+Rewrite:
+    y = op(v, W, b)   ->   y = op(dq(q(v, s, z)), dq(@Q, s_w, 0), dq(@B, s s_w, 0))
+    static: s and z from calibration;  dynamic: dq(*dynamic_quantize(v));  weight: only W
+Shapes:       v: any; s, z: []; W: as torch lays it out; s_w: [C] per output channel, or in blocks
+              along the axis that is summed over.
+Requires:     float32; constant, finite weights; calibration for static ranges.
+Contract:     lossy: each operand is off by at most half a step inside of its range.
+Cost:         weights of a quarter of the size (an eighth in 4 bits); static adds one quantize per
+              value, shared by all that read it.
+Failures:     operators that cannot compute on integers stay in float and are refused one by one;
+              that nothing could be quantized is an error.
+Source:       Jacob et al., "Quantization and Training of Neural Networks for Efficient
+              Integer-Arithmetic-Only Inference", CVPR 2018; Nagel et al., "A White Paper on Neural
+              Network Quantization", 2021, sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch.fx import Node
+
+from planish.ir.errors import PassError
+from planish.ir.program import Program
+from planish.ir.quantscheme import QuantScheme
+from planish.ir.rewriter import Rewriter
+from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
+from planish.passes.quantize.insert import Inserter
+from planish.passes.quantize.operands import Operands, is_dequantized
+from planish.passes.quantize.plan import Plan, is_attention_product, make_plan
+from planish.passes.quantize.ranges import (
+    Grid,
+    RangeMethod,
+    grid_of,
+    groups_of,
+    observe_ranges,
+)
+from planish.passes.quantize.regions import Between
+from planish.passes.quantize.where import EVERYWHERE, Where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Pass):
+    """Write values and weights as integers, with explicit quantize and dequantize operators.
+
+    Attributes:
+        mode: ranges of values "static" from calibration, "dynamic" at run time, or only weights
+            ("weight").
+        activations: integers of values; "none" is mode "weight".
+        weights: integers of weights.
+        granularity: what shares a scale in a weight: an output "channel", a "block" of
+            ``block_size`` along the axis that is summed over, or the whole "tensor".
+        block_size: of blocks.
+        symmetric: whether weights have no zero point of their own.
+        weight_range: of weights; "mse" cuts the largest where that lowers the squared error.
+        range: of values, see ``planish.passes.observe``.
+        per_token: dynamic ranges of each row along the last axis, instead of the whole value.
+        attention: also the products of attention.
+        embedding: also tables of embeddings; None: only in mode "weight".
+        between: also operators between: in regions of "convolutions", of "all" products, "none".
+        saturation: portable answers on CPUs without VNNI: "reduced" uses 7 bits of weights,
+            "signed" int8 values; "none" leaves sums of u8*s8 pairs to saturate there.
+        padding_mask: the input that is 0 at padding, which ranges leave out.
+        where: which operators.
+    """
+
+    name: ClassVar[str] = "quantize"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    source: ClassVar[tuple[str, ...]] = (
+        "Jacob et al., Quantization and Training of Neural Networks for Efficient "
+        "Integer-Arithmetic-Only Inference, CVPR 2018",
+        "Nagel et al., A White Paper on Neural Network Quantization, 2021, sections 2 and 3",
+    )
+
+    mode: Literal["static", "dynamic", "weight"] = "static"
+    activations: Literal["uint8", "int8", "none"] = "uint8"
+    weights: Literal["int8", "uint8", "int4", "uint4"] = "int8"
+    granularity: Literal["tensor", "channel", "block"] = "channel"
+    block_size: int = 0
+    symmetric: bool = True
+    weight_range: Literal["minmax", "mse"] = "minmax"
+    range: RangeMethod = "mse"
+    per_token: bool = False
+    attention: bool = False
+    embedding: bool | None = None
+    between: Between = "convolutions"
+    saturation: Literal["none", "reduced", "signed"] = "none"
+    padding_mask: str | None = None
+    where: Where = EVERYWHERE
+
+    def needs(self) -> frozenset[Fact]:
+        """Calibration, for static ranges."""
+        return self.requires if self.kind == "static" else frozenset()
+
+    @property
+    def kind(self) -> Literal["static", "dynamic", "weight"]:
+        """The mode; "weight" where values are not quantized at all."""
+        return "weight" if self.activations == "none" else self.mode
+
+    @property
+    def weight_scheme(self) -> QuantScheme:
+        """How weights are written; the axis is each weight's own."""
+        signed = not self.weights.startswith("u")
+        return QuantScheme(
+            dtype=self.weights,
+            granularity=self.granularity,
+            symmetric=self.symmetric,
+            axis=None if self.granularity == "tensor" else 0,
+            block_size=self.block_size,
+            narrow=signed and self.symmetric and self.weights == "int8",
+            bits=7 if self.saturation == "reduced" else None,
+        )
+
+    @property
+    def value_scheme(self) -> QuantScheme:
+        """How values are written."""
+        signed = self.activations == "int8" or self.saturation == "signed"
+        return QuantScheme(dtype="int8" if signed else "uint8", symmetric=False)
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Decide, find the ranges, and write the operands one operator after the other."""
+        self.where.check(program)
+        plan = make_plan(program, self.where, self._between, self._declines)
+        grids = self._grids(program, plan, context) if self.kind == "static" else None
+        rewriter = Rewriter(program, self.name, context.sites)
+        dynamic = (self.value_scheme.dtype, self.per_token)
+        inserter = Inserter(
+            rewriter,
+            self.weight_scheme,
+            search=self.weight_range == "mse",
+            grids=grids,
+            dynamic=dynamic,
+        )
+        for node, operands in plan.operators.items():
+            operands = self._wanted(operands)
+            if all(is_dequantized(slot.read(node)) for slot in operands.slots):
+                continue
+            with rewriter.site(f"quantize-{operands.kind}", node) as allowed:
+                if allowed:
+                    inserter.write(node, operands)
+        if not plan.operators:
+            raise _nothing(plan)
+        for sentence in inserter.remarks:
+            context.remark(sentence)
+        return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(plan.refusals))
+
+    @property
+    def _between(self) -> Between:
+        return self.between if self.kind == "static" else "none"
+
+    def _wanted(self, operands: Operands) -> Operands:
+        """The operands that this mode writes."""
+        if self.kind != "weight":
+            return operands
+        return Operands(operands.kind, (), operands.weights, None)
+
+    def _declines(self, node: Node, operands: Operands) -> str | None:
+        """Why an operator stays in float though it could compute on integers."""
+        kind, mode = operands.kind, self.kind
+        if mode == "weight" and not operands.weights:
+            return "it has no weight"
+        if not self.attention and is_attention_product(node, operands):
+            return "products of attention stay in float without attention=true"
+        if kind == "embedding" and not (
+            mode == "weight" if self.embedding is None else self.embedding
+        ):
+            return "tables of embeddings stay in float without embedding=true"
+        if kind == "recurrent" and mode == "static":
+            return (
+                "its state gets its range at run time: quantize it with mode=dynamic, and "
+                "where={include=[aten.lstm.input]}"
+            )
+        if kind == "convolution" and mode == "dynamic":
+            return "convolutions gain nothing by ranges found at run time: use mode=static"
+        return None
+
+    def _grids(self, program: Program, plan: Plan, context: PassContext) -> dict[str, Grid]:
+        """How each value is written, from what calibration saw."""
+        values = plan.missing_values()
+        if not values:
+            return {}
+        assert context.calibration is not None
+        scheme = self.value_scheme
+        ranges = observe_ranges(program, values, context.calibration, self.range, scheme)
+        grids: dict[str, Grid] = {}
+        for group in groups_of(values, plan.agree):
+            grid = grid_of([ranges(value) for value in group], scheme)
+            assert grid is not None
+            grids.update((value.name, grid) for value in group)
+        return grids
+
+
+def _nothing(plan: Plan) -> PassError:
+    """The error that nothing was quantized, with what was looked at."""
+    reasons = list(dict.fromkeys(f"{r.node}: {r.reason}" for r in plan.refusals))
+    what = f"nothing was quantized: {len(plan.refusals)} operators refused"
+    if plan.excluded:
+        what += f", {plan.excluded} excluded by `where`"
+    if reasons:
+        what += " (" + "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "") + ")"
+    return PassError(what, hint="look at the refusals; widen `where`, or choose another mode")
