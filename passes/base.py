@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from planish.ir.program import Program
 from planish.ir.rewriter import Change, Rewriter, SiteCounter
 
 if TYPE_CHECKING:
+    from planish.ir.compare import Fidelity
     from planish.passes.calibrate import Spool
 
 
@@ -40,6 +42,12 @@ class PassContext:
     Attributes:
         target: name of the target the program will be lowered to.
         calibration: the spooled calibration inputs, or None.
+        held_out: calibration inputs that ``calibration`` does not have, to judge a result on; None
+            where there are too few batches, or no pass asks for them.
+        metric: ``metric(outputs, reference)``, higher is better, or None; both are what the model
+            returns for one batch, ``reference`` in floating point.
+        float_program: gives a private clone of the latest program of the run in which nothing was
+            quantized; None where there was no such program.
         labeled: a re-iterable of labeled batches, or None.
         loss: ``loss(outputs, batch)``, or None.
         generator: the only source of randomness a pass may use.
@@ -49,6 +57,9 @@ class PassContext:
 
     target: str = "onnx"
     calibration: Spool | None = None
+    held_out: Spool | None = None
+    metric: Callable[[Any, Any], float] | None = None
+    float_program: Callable[[], Program] | None = None
     labeled: Iterable[Any] | None = None
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
@@ -66,12 +77,52 @@ class PassContext:
 
 
 @dataclass(frozen=True)
+class OperatorError:
+    """What quantizing one operator, and nothing else, costs.
+
+    Attributes:
+        node: the operator.
+        operator: its name in ATen, "linear".
+        source: the user's source line, if known.
+        own: its own output, fed with values in floating point.
+        output_db: what that makes of the model's outputs: signal to noise in decibels.
+        kept_float: whether it was therefore left in floating point.
+    """
+
+    node: str
+    operator: str
+    source: str | None
+    own: Fidelity
+    output_db: float
+    kept_float: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; an infinite ``output_db`` is None."""
+        return {
+            "node": self.node,
+            "operator": self.operator,
+            "source": self.source,
+            "own": self.own.to_dict(),
+            "output_db": self.output_db if math.isfinite(self.output_db) else None,
+            "kept_float": self.kept_float,
+        }
+
+
+@dataclass(frozen=True)
 class PassResult:
-    """What a pass returns. Whether anything changed is derived by the pipeline, not claimed."""
+    """What a pass returns. Whether anything changed is derived by the pipeline, not claimed.
+
+    Attributes:
+        program: the rewritten program.
+        changes: what was rewritten.
+        refusals: what was declined, and why.
+        operators: for a pass that measures operators one by one, what it measured.
+    """
 
     program: Program
     changes: tuple[Change, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    operators: tuple[OperatorError, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +132,20 @@ class Pass(ABC):
     Class attributes:
         name: kebab-case, as recipes write it.
         contract: exact or lossy.
-        requires: facts the pipeline checks before the pass runs.
+        requires: facts the pipeline checks before the pass runs; ``needs`` may ask for fewer.
         source: papers, "Author, Title, venue year, section".
+        holds_out: whether it judges by calibration inputs that no other pass sees.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
     requires: ClassVar[frozenset[Fact]] = frozenset()
     source: ClassVar[tuple[str, ...]] = ()
+    holds_out: ClassVar[bool] = False
+
+    def needs(self) -> frozenset[Fact]:
+        """The facts that this pass requires with the options it has: ``requires``, or fewer."""
+        return self.requires
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from planish.passes.recipe import Recipe
 
 IN_MEMORY_BYTES = 64 << 20
 LIMIT_BYTES = 2 << 30
+_EVERY = 5  # of the batches, where some are held out
+_FEWEST_TO_SPLIT = 4
 
 UNUSED = "calibration was given, but no pass of the recipe is calibrated or lossy: it was not read"
 
@@ -128,6 +130,26 @@ class Spool:
             return
         self._write(inputs)
 
+    def batch(self, number: int) -> tuple[Any, ...]:
+        """One batch."""
+        if self._closed:
+            raise UsageError("the calibration spool is closed", hint="calibrate before closing it")
+        if number < len(self._memory):
+            return self._memory[number]
+        return _read(*self._disk[number - len(self._memory)])
+
+    def split(self) -> tuple[Spool, Spool | None]:
+        """The batches to take ranges from, and those to judge the result by: every fifth.
+
+        Fewer than four batches are not split: ranges need them all.
+        """
+        count = len(self)
+        if count < _FEWEST_TO_SPLIT:
+            return self, None
+        held = range(_EVERY - 1, count, _EVERY) if count >= _EVERY else (count - 1,)
+        rest = [number for number in range(count) if number not in held]
+        return _Part(self, rest), _Part(self, held)
+
     def close(self) -> None:
         """Drop everything that is kept."""
         self._closed = True
@@ -168,6 +190,28 @@ class Spool:
                 hint="make room there, set TMPDIR, or pass fewer batches",
             ) from error
         self._disk.append((path, plain))
+
+
+class _Part(Spool):
+    """Some batches of a spool, which goes on keeping them."""
+
+    def __init__(self, whole: Spool, numbers: Sequence[int]):
+        self.names, self.bytes = whole.names, whole.bytes
+        self._whole, self._numbers = whole, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return (self._whole.batch(number) for number in self._numbers)
+
+    def batch(self, number: int) -> tuple[Any, ...]:
+        """One batch of the part."""
+        return self._whole.batch(self._numbers[number])
+
+    def close(self) -> None:
+        """Close the whole spool."""
+        self._whole.close()
 
 
 def _temporary() -> Path:

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from planish.ir.errors import PassError, PlanishError, RequirementError
 from planish.ir.infer import fake_constant, infer_node
+from planish.ir.ops import op_name
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Change
@@ -77,6 +78,13 @@ def _plan(run: Run) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+_QUANTIZING = ("planish.quantize", "planish.dequantize", "planish.dynamic_quantize")
+
+
+def _is_quantized(program: Program) -> bool:
+    return any(op_name(node.target) in _QUANTIZING for node in program.operators)
+
+
 class _Driver:
     """Runs the steps and calls the instruments."""
 
@@ -88,6 +96,7 @@ class _Driver:
         # A clone that a pass got and left as it was is still private: the next pass gets it.
         self.spare: Program | None = None
         self.handed: Untouched | None = None
+        self.unquantized = run.original if not _is_quantized(run.original) else None
 
     def go(self) -> None:
         entered: list[Instrument] = []
@@ -118,7 +127,7 @@ class _Driver:
         planned = [step for step in self.run.steps if step.planned]
         facts = self.run.context.facts()
         for step in planned:
-            missing = sorted(step.pass_.requires - facts, key=lambda fact: fact.name)
+            missing = sorted(step.pass_.needs() - facts, key=lambda fact: fact.name)
             if missing:
                 wanted = " and ".join(fact.name.lower() for fact in missing)
                 raise RequirementError(
@@ -148,6 +157,8 @@ class _Driver:
                     _note(error, instrument, second)
             raise
         self.run.program = result.program
+        if result.program is self.unquantized or not _is_quantized(result.program):
+            self.unquantized = result.program
         # What a step held on to would keep every state of the constants in memory.
         step.before = step.after = None
 
@@ -160,6 +171,7 @@ class _Driver:
             self.handed = Untouched(private)
         self.spare = None
         result = self.call(step, private)
+        record.operators = result.operators
         changed = False
         if not self.handed.holds(result.program):
             self.handed = None
@@ -185,7 +197,7 @@ class _Driver:
         symbols = Symbols(before)
         start = time.perf_counter()
         try:
-            result = step.pass_.run(private, replace(run.context, remark=step.remark))
+            result = step.pass_.run(private, self.context_of(step))
         except PlanishError:
             raise
         except Exception as error:  # whatever a pass may raise; all are reported alike
@@ -209,6 +221,16 @@ class _Driver:
         result.program.absorb_module_edits()
         _type_new_nodes(result.program)
         return result
+
+    def context_of(self, step: Step) -> PassContext:
+        """What a pass may look at."""
+        floating = self.unquantized
+        given = self.run.context.float_program
+        return replace(
+            self.run.context,
+            remark=step.remark,
+            float_program=floating.clone if floating is not None else given,
+        )
 
     def judge(self, step: Step, result: PassResult, changed: bool) -> PassResult:
         """Bring a result's claims into line with what happened to the program."""

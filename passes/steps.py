@@ -11,7 +11,7 @@ from planish.ir.cost import Cost, cost
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Change
-from planish.passes.base import Contract, Pass, PassContext, PassResult
+from planish.passes.base import Contract, OperatorError, Pass, PassContext, PassResult
 from planish.passes.changed import outline
 from planish.passes.recipe import Recipe
 
@@ -93,6 +93,7 @@ class StepRecord:
         fidelity: outputs against the program before this pass, where measured.
         cumulative: outputs against the original program, where measured.
         node_errors: for a lossy pass, the error of every value it rewrote.
+        operators: for a pass that measures operators one by one, what it measured.
         remarks: sentences for the reader.
         before: the state before the pass.
         after: the state after it.
@@ -113,6 +114,7 @@ class StepRecord:
     fidelity: Fidelity | None = None
     cumulative: Fidelity | None = None
     node_errors: tuple[NodeError, ...] = ()
+    operators: tuple[OperatorError, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property

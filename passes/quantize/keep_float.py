@@ -1,0 +1,239 @@
+"""Mixed precision: leave the fewest operators in floating point that a bound on the error asks for.
+
+    y = op(dequantize(quantize(v)), dequantize(@w_q))    becomes    y = op(v, @w)
+
+Every quantized operator is ranked by the error that it alone makes at the outputs
+(``passes.quantize.sensitivity``: one sweep over the calibration inputs). The k worst go back to
+floating point, where k is the smallest number with which the outputs keep the bound; it is found
+by bisection, each step measured on calibration inputs that no range was taken from. Then those
+kept are tried the other way, the least of them first: what can be quantized after all, is. A bound
+that cannot be kept is said, with the best that was reached.
+
+Preconditions: ``quantize`` (or a rounding pass) ran before, in the same recipe: the weights in
+floating point are those of the program from before. Contract: lossy, as everything about
+quantization, though it takes error away. Cost: one forward and four backward passes for each of
+``batches`` calibration inputs, and about ``log2(operators) + 8`` runs over as many held-out ones.
+
+Sources: Wu et al., "Integer Quantization for Deep Learning Inference", 2020, section 6.2 (partial
+quantization by sensitivity); ranking as in ``passes.quantize.sensitivity``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import ClassVar
+
+from planish.ir.errors import PassError, RequirementError
+from planish.ir.program import Program
+from planish.ir.rewriter import Rewriter
+from planish.passes.base import Contract, Fact, OperatorError, Pass, PassContext, PassResult
+from planish.passes.quantize.one_by_one import alone
+from planish.passes.quantize.outputs import Batch, Judge, Padding, Score
+from planish.passes.quantize.restore import quantized_operators, restore
+from planish.passes.quantize.sensitivity import NotDerivableError, sensitivities
+from planish.passes.quantize.where import Where
+from planish.passes.spec import suggestion
+
+_RETRIES = 8  # kept operators that are tried in integers again
+
+
+def kept_in_float(program: Program, floating: Program, names: Sequence[str]) -> Program:
+    """A copy of a quantized program with some of its operators in floating point.
+
+    Args:
+        program: stays as it is.
+        floating: the program from before it was quantized.
+        names: of operators; those that cannot be restored stay quantized.
+    """
+    rewriter = Rewriter(program.clone(), "keep-float")
+    restore(rewriter, floating, names)
+    return rewriter.finish()
+
+
+def fewest(
+    order: Sequence[str], good: Callable[[Sequence[str]], bool], retries: int = _RETRIES
+) -> tuple[str, ...] | None:
+    """The shortest beginning of a list that is good enough, with what it can spare left out.
+
+    Args:
+        order: the most important first.
+        good: whether a choice is good enough; assumed to hold for longer beginnings too.
+        retries: how many members are tried without.
+
+    Returns:
+        None where not even the whole list is good enough.
+    """
+    if good(()):
+        return ()
+    if not good(order):
+        return None
+    low, high = 0, len(order)  # not good, good
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if good(order[:middle]) else (middle, high)
+    kept = tuple(order[:high])
+    for name in kept[-2 : -2 - retries : -1]:  # without the last one it was not good enough
+        fewer = tuple(n for n in kept if n != name)
+        if good(fewer):
+            kept = fewer
+    return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepFloat(Pass):
+    """Leave the fewest operators in floating point with which the outputs keep a bound.
+
+    Attributes:
+        min_sqnr_db: signal to noise of the outputs, in decibels; of several outputs the worst.
+        min_cosine: cosine similarity of the outputs; of several outputs the worst.
+        min_metric: mean of the user's metric, as ``optimize(metric=...)`` takes it.
+        max_operators: keep at most so many in floating point.
+        operators: keep these in any case: names, operators or module paths, with ``*``. Where
+            nothing else is given, nothing is measured.
+        batches: calibration inputs, and held-out ones, to measure on.
+        padding_mask: the input that is 0 where there is padding, which then counts nowhere.
+    """
+
+    name: ClassVar[str] = "keep-float"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    holds_out: ClassVar[bool] = True
+    source: ClassVar[tuple[str, ...]] = (
+        "Wu et al., Integer Quantization for Deep Learning Inference, 2020, section 6.2",
+        "Dong et al., HAWQ-V2, NeurIPS 2020",
+    )
+
+    min_sqnr_db: float | None = None
+    min_cosine: float | None = None
+    min_metric: float | None = None
+    max_operators: int | None = None
+    operators: tuple[str, ...] = ()
+    batches: int = 16
+    padding_mask: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise ValueError(f"{self.batches} batches measure nothing")
+        if self.max_operators is not None and self.max_operators < 0:
+            raise ValueError(f"max_operators is {self.max_operators}")
+
+    def needs(self) -> frozenset[Fact]:
+        """Calibration, to hold a bound; named operators need none."""
+        return self.requires if self.bounded else frozenset()
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is anything to measure."""
+        return any(b is not None for b in (self.min_sqnr_db, self.min_cosine, self.min_metric))
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Rank, choose, restore.
+
+        Raises:
+            PassError: nothing was asked for, or the weights in floating point are not known.
+            RequirementError: a bound needs a metric that is not there.
+        """
+        if not (self.bounded or self.operators):
+            raise PassError(
+                "it has no bound to keep",
+                hint="give min_sqnr_db, min_cosine or min_metric, or name the operators",
+            )
+        quantized = [node.name for node in quantized_operators(program)]
+        if not quantized:
+            context.remark("nothing is quantized: there is nothing to keep in floating point")
+            return PassResult(program)
+        if context.float_program is None:
+            raise PassError(
+                "the program came to it quantized, so its weights in floating point are not known",
+                hint="run it in one recipe with quantize, behind it",
+            )
+        floating = context.float_program()
+        fixed = self._fixed(program)
+        chosen, errors = fixed, ()
+        if self.bounded:
+            chosen, errors = self._choose(program, floating, fixed, context)
+        rewriter = Rewriter(program, self.name, context.sites)
+        done, refusals = restore(rewriter, floating, chosen)
+        errors = tuple(replace(e, kept_float=e.node in done) for e in errors)
+        return PassResult(rewriter.finish(), tuple(rewriter.changes), refusals, errors)
+
+    def _fixed(self, program: Program) -> tuple[str, ...]:
+        """The quantized operators that the options name."""
+        nodes = quantized_operators(program)
+        for pattern in self.operators:
+            if not any(Where(include=(pattern,)).takes(node) for node in nodes):
+                known = [node.name for node in nodes]
+                raise PassError(
+                    f"operators holds {pattern!r}, which no quantized operator answers to",
+                    hint=suggestion(pattern, known, "operators"),
+                )
+        if not self.operators:
+            return ()
+        return tuple(n.name for n in nodes if Where(include=self.operators).takes(n))
+
+    def _choose(
+        self, program: Program, floating: Program, fixed: tuple[str, ...], context: PassContext
+    ) -> tuple[tuple[str, ...], tuple[OperatorError, ...]]:
+        """Which operators to restore, and the errors of all."""
+        ranges, held_out = self._batches(context)
+        padding = Padding.named(program, self.padding_mask)
+        rewriter = Rewriter(program.clone(), self.name)
+        names, _ = restore(rewriter, floating, [n.name for n in quantized_operators(program)])
+        restored = rewriter.finish()
+        try:
+            errors = sensitivities(
+                restored, program, names, ranges, generator=context.generator, padding=padding
+            )
+        except NotDerivableError:
+            errors = alone(restored, program, names, ranges, padding=padding)
+        judge = Judge(floating, held_out, padding, context.metric)
+        scores: dict[frozenset[str], Score] = {}
+
+        def score(kept: Sequence[str]) -> Score:
+            key = frozenset((*fixed, *kept))
+            if key not in scores:
+                trial = kept_in_float(program, floating, (*fixed, *kept))
+                scores[key] = judge.score(trial)
+            return scores[key]
+
+        order = [e.node for e in errors if e.node not in fixed]
+        limit = max(0, len(order) if self.max_operators is None else self.max_operators)
+        found = fewest(order[:limit], lambda kept: self._holds(score(kept)))
+        kept = tuple(order[:limit]) if found is None else found
+        before, after = score(()), score(kept)
+        summary = (
+            f"{len(fixed) + len(kept)} of {len(names)} quantized operators stay in floating point: "
+            f"{after} on {len(held_out)} batches; all of them quantized: {before}"
+        )
+        if found is None:
+            summary = f"the bound ({self._bounds()}) cannot be kept; the best reached: {summary}"
+        context.remark(summary)
+        return (*fixed, *kept), errors
+
+    def _batches(self, context: PassContext) -> tuple[list[Batch], list[Batch]]:
+        """Inputs to rank by, and inputs to decide by."""
+        assert context.calibration is not None  # needs() says so
+        if self.min_metric is not None and context.metric is None:
+            raise RequirementError(
+                "min_metric needs a metric", hint="pass metric=... : metric(outputs, reference)"
+            )
+        ranges: list[Batch] = list(islice(context.calibration, self.batches))
+        if context.held_out is None:
+            context.remark("no calibration batch is held out: the bound was judged on those used")
+            return ranges, ranges
+        return ranges, list(islice(context.held_out, self.batches))
+
+    def _holds(self, score: Score) -> bool:
+        pairs = (
+            (self.min_sqnr_db, score.fidelity.sqnr_db),
+            (self.min_cosine, score.fidelity.cosine),
+            (self.min_metric, score.metric),
+        )
+        return all(low is None or (got is not None and got >= low) for low, got in pairs)
+
+    def _bounds(self) -> str:
+        names = ("min_sqnr_db", "min_cosine", "min_metric")
+        found = [(name, getattr(self, name)) for name in names]
+        return ", ".join(f"{name} {value:g}" for name, value in found if value is not None)
