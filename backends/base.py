@@ -168,6 +168,35 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelUse:
+    """What runs one quantized operator.
+
+    Attributes:
+        node: name of the operator's node in the program.
+        operator: as it is printed, "aten.linear".
+        source: the user's source line, if known.
+        kernel: the integer kernel, "QLinearConv"; None where it runs in float.
+        reason: why it runs in float; empty where it does not.
+    """
+
+    node: str
+    operator: str
+    source: str | None
+    kernel: str | None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "node": self.node,
+            "operator": self.operator,
+            "source": self.source,
+            "kernel": self.kernel,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A written file.
 
@@ -183,6 +212,8 @@ class Artifact:
         operators: operator -> count in the file, before any runtime touched it.
         comparison: how close it is to the program; None where not verified.
         runtime: what the runtime made of it; None where not verified.
+        kernels: each operator that the program quantizes, as an integer kernel of the runtime or
+            as a float fallback; empty for a float program, and where not verified.
     """
 
     path: Path
@@ -196,6 +227,7 @@ class Artifact:
     operators: Mapping[str, int]
     comparison: Comparison | None = None
     runtime: RuntimeReport | None = None
+    kernels: tuple[KernelUse, ...] = ()
 
 
 class Backend(ABC):

@@ -18,6 +18,7 @@ from planish.backends.base import RuntimeReport
 from planish.ir.errors import ExportError
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
 
 _PROVIDERS = ("CPUExecutionProvider",)
@@ -104,11 +105,9 @@ class Session:
         import onnxruntime
 
         notes: tuple[str, ...] = ()
-        if self._folder is None:
-            raise ExportError("this session was not opened to be read back")
-        written = Path(self._folder.name) / "optimized.onnx"
-        if written.exists():
-            counts = _graph_counts(written)
+        graph = self.optimized()
+        if graph is not None:
+            counts = _graph_counts(graph)
         else:
             counts = self._profile_counts()
             notes = ("the operators are those that ran; the optimized graph was not written out",)
@@ -118,6 +117,19 @@ class Session:
             operators=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
             notes=notes,
         )
+
+    def optimized(self) -> onnx.ModelProto | None:
+        """The graph that the runtime made of the file, without large constants.
+
+        Returns:
+            None for a file so large that the runtime was not made to write it out again.
+        """
+        import onnx
+
+        if self._folder is None:
+            raise ExportError("this session was not opened to be read back")
+        written = Path(self._folder.name) / "optimized.onnx"
+        return onnx.load(str(written), load_external_data=False) if written.exists() else None
 
     def _profile_counts(self) -> Counter[str]:
         if self._profiled is None:
@@ -154,12 +166,10 @@ def read_back(path: Path) -> RuntimeReport:
         return session.report()
 
 
-def _graph_counts(path: Path) -> Counter[str]:
-    import onnx
-
+def _graph_counts(model: onnx.ModelProto) -> Counter[str]:
     from planish.backends.onnx_build import count_operators
 
-    return Counter(count_operators(onnx.load(str(path), load_external_data=False)))
+    return Counter(count_operators(model))
 
 
 def _size(path: Path) -> int:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planish.backends.base import Comparison, RuntimeReport, Stepwise
+from planish.backends.base import Comparison, KernelUse, RuntimeReport, Stepwise
+from planish.backends.kernels import kernel_uses
 from planish.backends.ort_run import Session
 from planish.backends.stepwise import Emission, is_quantized, stepwise
 from planish.ir.compare import Fidelity, bounds_of, difference, measure, sqnr_db, worst
@@ -40,7 +41,7 @@ def verify_artifact(
     *,
     emission: Emission | None = None,
     quantization: Fidelity | None = None,
-) -> tuple[Comparison, RuntimeReport]:
+) -> tuple[Comparison, RuntimeReport, tuple[KernelUse, ...]]:
     """Run the file on every sample and on a second probe of other sizes.
 
     Args:
@@ -49,6 +50,10 @@ def verify_artifact(
         remark: told what could not be checked.
         emission: what was written; a quantized program needs it.
         quantization: how near a quantized program is to the float one; None where not known.
+
+    Returns:
+        How near the file is to the program, what the runtime made of it, and what runs each
+        quantized operator.
 
     Raises:
         ExportError: an output of a float program differs by more than the bound of its dtype, an
@@ -81,7 +86,13 @@ def verify_artifact(
             found.append(measure(expected, outputs))
         fidelity = worst(found) or measure((), ())  # a program built by hand has no samples
         labels = tuple(label for label, _, _ in probes)
-        return Comparison(probes=labels, fidelity=fidelity, stepwise=steps), session.report()
+        kernels: tuple[KernelUse, ...] = ()
+        if quantized:
+            assert emission is not None
+            # A file too large to be written out again runs in the kernels that it names itself.
+            kernels = kernel_uses(emission.emitter, session.optimized() or emission.model)
+        comparison = Comparison(probes=labels, fidelity=fidelity, stepwise=steps)
+        return comparison, session.report(), kernels
 
 
 def _drift(

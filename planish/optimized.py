@@ -102,6 +102,7 @@ class Optimized:
             choices=dict(self.recipe.choices) if target == self.recipe.target else None,
             verify=verify,
             remark=remarks.append,
+            quantization=self.report.fidelity,
         )
         backend = load_backend(target)
         backend.target.check_opset(opset)
@@ -162,7 +163,11 @@ class Optimized:
                 "path": artifact.path.name,
             }
             if artifact.comparison is not None:
+                steps = artifact.comparison.stepwise
                 runtime["max_abs"] = artifact.comparison.max_abs
+                runtime["fidelity"] = artifact.comparison.fidelity.to_dict()
+                runtime["stepwise"] = steps.to_dict() if steps is not None else None
+            runtime["kernels"] = [use.to_dict() for use in artifact.kernels]
         self.report = replace(
             self.report,
             runtime=runtime,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from planish.accuracy import accuracy_parts, ranked, sqnr_text
 from planish.ir.compare import Fidelity
 from planish.ir.cost import Cost
+from planish.kernels import fallback_parts, kernel_lines
 from planish.passes import Change, Refusal
 from planish.passes.steps import NodeError
 
@@ -191,6 +192,7 @@ class Report:
         if left_out:
             parts.append(Text(f"left out: {', '.join(left_out)}", style="yellow"))
         parts.extend(Text(line) for line in self._summary())
+        parts.extend(fallback_parts(self.runtime or {}))
         parts.extend(accuracy_parts(ranked(self.passes)))
         for entry in self.passes:
             for reason, count in Counter(r.reason for r in entry.refusals).most_common(3):
@@ -240,6 +242,7 @@ class Report:
             shown = ", ".join(f"{count} {name}" for name, count in counts[:10])
             more = f", and {len(counts) - 10} other kinds" if len(counts) > 10 else ""
             lines.append(f"the runtime runs: {shown}{more}")
+            lines += kernel_lines(self.runtime)
         return lines
 
 

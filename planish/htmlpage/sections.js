@@ -192,7 +192,8 @@ function drawRuntime() {
   }
   const operators = Object.entries(runtime.operators || {}).sort((a, b) => b[1] - a[1]);
   const most = Math.max(1, ...operators.map(([, times]) => times));
-  const facts = Object.entries(runtime).filter(([key]) => key !== "operators" && key !== "notes");
+  const apart = ["operators", "notes", "kernels"];
+  const facts = Object.entries(runtime).filter(([key]) => !apart.includes(key));
   section.append(
     h("dl", { class: "facts-list" }, facts.map(([key, value]) => [h("dt", {}, RUNTIME_LABELS[key] || key.replaceAll("_", " ")), h("dd", {}, plainValue(value, ["runtime", key]))])),
     (runtime.notes || []).length > 0 && h("ul", { class: "remarks" }, runtime.notes.map((text) => h("li", {}, text))) || "",
@@ -202,6 +203,32 @@ function drawRuntime() {
       operators.map(([name, times]) =>
         h("li", {}, h("code", {}, name), h("span", { class: "track" }, meter(times / most, "exact")), number(["runtime", "operators", name])),
       ),
+    ),
+    kernelTable(runtime.kernels || []),
+  );
+}
+
+// What runs each quantized operator: an integer kernel, or float and why.
+function kernelTable(kernels) {
+  if (!kernels.length) return "";
+  const head = ["quantized operator", "node", "integer kernel", "why in float"];
+  const row = (use) =>
+    h(
+      "tr",
+      {},
+      h("td", {}, h("code", {}, use.operator)),
+      h("td", { title: use.source || "" }, use.node),
+      h("td", {}, use.kernel || "\u2013"),
+      h("td", {}, use.reason),
+    );
+  return h(
+    "div",
+    { class: "scroll" },
+    h(
+      "table",
+      { id: "kernels" },
+      h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col" }, text)))),
+      h("tbody", {}, kernels.map(row)),
     ),
   );
 }
