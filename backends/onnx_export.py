@@ -33,6 +33,25 @@ class OnnxBackend(Backend):
     def check(self, model: onnx.ModelProto, path: Path) -> None:
         """What must hold of every file of this target before it is run."""
 
+    def opset(self, program: Program, options: ExportOptions) -> int:
+        """The operator set version to write: the target's own, or what the program needs.
+
+        Raises:
+            ExportError: a version was asked for that cannot say what the program does.
+        """
+        from planish.backends.onnx_quantize import opset_needed
+
+        opset, needed = self.target.check_opset(options.opset), opset_needed(program)
+        if needed <= opset:
+            return opset
+        if options.opset is not None:
+            raise ExportError(
+                f"opset {opset} cannot write this program's quantized values",
+                hint=f"use opset {needed} or later, or none",
+            )
+        options.remark(f"opset {needed} instead of {opset}: the program's quantized values need it")
+        return self.target.check_opset(needed)
+
     def export(
         self, program: Program, path: str | Path, options: ExportOptions | None = None
     ) -> Artifact:
@@ -43,7 +62,7 @@ class OnnxBackend(Backend):
 
         options = options or ExportOptions()
         goal = Path(path)
-        opset = self.target.check_opset(options.opset)
+        opset = self.opset(program, options)
         with staged(goal) as aside:
             style, choices = self.style(program, opset, options)
             metadata = options.metadata  # told of the choices before anything can fail by them

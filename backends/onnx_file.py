@@ -23,6 +23,7 @@ from planish.ir.errors import ExportError
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
 # Field numbers of onnx.proto, shifted by the wire type "length-delimited" (2).
 _MODEL_GRAPH = (7 << 3) | 2
@@ -57,16 +58,41 @@ class Initializer:
 
     Attributes:
         name: in the graph.
-        tensor: its values.
+        tensor: its values; 4-bit integers one to a byte.
+        dtype: ONNX's number for the type, where it is not that of the tensor: INT4 or UINT4.
     """
 
     name: str
     tensor: Tensor
+    dtype: int | None = None
 
     @property
     def bytes(self) -> int:
-        """Size of the raw values."""
+        """Size of the raw values: two 4-bit integers to a byte."""
+        if self.dtype is not None:
+            return (self.tensor.numel() + 1) // 2
         return self.tensor.numel() * self.tensor.element_size()
+
+    def raw(self) -> memoryview:
+        """The values as the file holds them."""
+        if self.dtype is None:
+            return raw_bytes(self.tensor)
+        return raw_bytes(pack_nibbles(self.tensor))
+
+
+def initializer_of(value: ir.Value, tensor: Tensor) -> Initializer:
+    """The constant of a graph's value, which says whether its integers have 4 bits."""
+    number = value.dtype
+    halves = number is not None and number.name in ("INT4", "UINT4")
+    return Initializer(str(value.name), tensor, int(number) if number and halves else None)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """4-bit integers two to a byte, the first in the low half, as ONNX packs them; flat, uint8."""
+    flat = codes.detach().reshape(-1).view(torch.uint8) & 15
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return flat[0::2] | flat[1::2] << 4
 
 
 def onnx_dtype(dtype: torch.dtype) -> int:
@@ -130,7 +156,7 @@ def write_model(
     with data.open("wb") as file:
         for start, initializer in outside:
             file.write(b"\0" * (start - file.tell()))
-            file.write(raw_bytes(initializer.tensor))
+            file.write(initializer.raw())
         _flush(file)
     return path, data
 
@@ -151,7 +177,7 @@ def _write_graph(
         file.write(bytes([_GRAPH_INITIALIZER]) + _varint(size) + header)
         if inline is not None:
             file.write(bytes([_TENSOR_RAW_DATA]) + _varint(inline.bytes))
-            file.write(raw_bytes(inline.tensor))
+            file.write(inline.raw())
 
 
 def _tensor_header(initializer: Initializer, place: tuple[str, int] | None) -> bytes:
@@ -160,7 +186,7 @@ def _tensor_header(initializer: Initializer, place: tuple[str, int] | None) -> b
 
     proto = TensorProto(
         name=initializer.name,
-        data_type=onnx_dtype(initializer.tensor.dtype),
+        data_type=initializer.dtype or onnx_dtype(initializer.tensor.dtype),
         dims=list(initializer.tensor.shape),
     )
     if place is not None:

@@ -29,7 +29,7 @@ from planish.backends.onnx_dims import (
     product,
     reshape_plan,
 )
-from planish.backends.onnx_file import Initializer, onnx_dtype
+from planish.backends.onnx_file import Initializer, initializer_of, onnx_dtype
 from planish.backends.onnx_view import Held, Style, View, dtype_of
 from planish.ir.errors import UnsupportedError
 from planish.ir.program import Program
@@ -212,14 +212,13 @@ class Emitter:
             self._constants[key] = self.tensor(array, f"const.{label}")
         return self._constants[key]
 
-    def tensor(self, tensor: Tensor, name: str) -> ir.Value:
-        """A new initializer."""
+    def tensor(self, tensor: Tensor, name: str, kind: str | None = None) -> ir.Value:
+        """A new initializer; ``kind`` "int4" or "uint4" has two of its integers in one byte."""
         import onnx_ir as ir
 
+        number = ir.DataType[kind.upper()] if kind else ir.DataType(onnx_dtype(tensor.dtype))
         value = ir.Value(
-            name=self.unique(name),
-            shape=ir.Shape(tensor.shape),
-            type=ir.TensorType(ir.DataType(onnx_dtype(tensor.dtype))),
+            name=self.unique(name), shape=ir.Shape(tensor.shape), type=ir.TensorType(number)
         )
         self._tensors[value] = tensor
         return value
@@ -232,7 +231,7 @@ class Emitter:
 
     def initializers(self, live: set[ir.Value]) -> list[Initializer]:
         """All constants that are read, in the order they came up."""
-        return [Initializer(str(v.name), t) for v, t in self._tensors.items() if v in live]
+        return [initializer_of(v, t) for v, t in self._tensors.items() if v in live]
 
     def is_initializer(self, value: ir.Value) -> bool:
         """Whether a value is a constant of the graph."""

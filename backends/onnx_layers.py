@@ -12,6 +12,7 @@ from planish.backends.onnx_bins import average_bins
 from planish.backends.onnx_dims import dim_of, dims_of, product
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_pointwise import on_base
+from planish.backends.onnx_quantize import linear_of_codes
 from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.ops import argument
 
@@ -38,6 +39,9 @@ def _linear(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     out = dims_of(node.meta["val"])
     if _rank(weight) != 2:
         return None
+    quantized = linear_of_codes(e, node, x, weight, bias, out_axis=0)
+    if quantized is not None:
+        return quantized
     if e.style.linear == "gemm" and out:
         rows, view = e.rows(x)
         result = e.op(
@@ -65,6 +69,10 @@ def _addmm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     bias, a, b = (_node(x) for x in node.args[:3])
     beta, alpha = float(argument(node, "beta")), float(argument(node, "alpha"))
     out = dims_of(node.meta["val"])
+    if alpha == beta == 1:
+        quantized = linear_of_codes(e, node, a, b, bias, out_axis=1)
+        if quantized is not None:
+            return quantized
     rows, view = e.rows(a)
     result = e.op("Gemm", rows, e.value(b), e.value(bias), alpha=alpha, beta=beta)
     return View(result, (view.base_dims[0], out[-1]), out)
@@ -75,6 +83,9 @@ def _matmul(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if dtype_of(node.meta["val"]) is torch.bool:
         return None
     out = dims_of(node.meta["val"])
+    quantized = linear_of_codes(e, node, a, b, None, out_axis=1)
+    if quantized is not None:
+        return quantized
     if _rank(b) == 2 and _rank(a) >= 2 and e.known(b) is not None and e.style.linear == "gemm":
         rows, view = e.rows(a)
         result = e.op("Gemm", rows, e.value(b))

@@ -17,6 +17,7 @@ from planish.backends.onnx_index import INDEXING
 from planish.backends.onnx_layers import LAYERS
 from planish.backends.onnx_numbers import NUMBER_OPS
 from planish.backends.onnx_pointwise import POINTWISE
+from planish.backends.onnx_quantize import QUANTIZING
 from planish.backends.onnx_recurrent import RECURRENT
 from planish.backends.onnx_reduce import REDUCTIONS
 from planish.backends.onnx_rotary import ROTARY
@@ -36,6 +37,7 @@ TABLE: dict[Any, Translator] = {
     **ROTARY,
     **BRANCHES,
     **BAGS,
+    **QUANTIZING,
 }
 
 _EAGER_NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
