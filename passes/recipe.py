@@ -8,7 +8,8 @@ text in the grammar of ``planish.passes.spec``::
     seed=3,fold-batch-norm,sparsify{pattern=2:4},my_package.module:MyPass
 
 A text runs exactly the passes it names, in that order; the name of a registered recipe among them
-stands for that recipe's passes. The same as YAML::
+stands for that recipe's passes (but for ``int8``, which chooses among others and stands alone). The
+same as YAML::
 
     target: onnxruntime-cpu
     seed: 3
@@ -30,6 +31,7 @@ from planish.ir.errors import RecipeError
 from planish.passes import yamlform
 from planish.passes.base import Pass
 from planish.passes.bind import bind, build
+from planish.passes.recipe_table import RECIPES
 from planish.passes.registry import load_class, load_pass, name_of, pass_names
 from planish.passes.spec import (
     Entries,
@@ -45,44 +47,11 @@ from planish.passes.spec import (
 )
 from planish.passes.unbind import entries_of, unbind
 
-_CLEANUP = (
-    "fold-constants",
-    "fold-ranges",
-    "remove-identities",
-    "simplify-layout",
-    "eliminate-common-subexpressions",
-    "eliminate-dead-code",
-)
-
-# Named recipes; each but `none` contains the passes of `exact`. The order of `exact`: cleanup, so
-# that the patterns of the others meet plain graphs; then composite operators are recovered, before
-# their parts could be folded into something else; then what is left is folded into weights, padding
-# and batch norms first, since they stand between the others; then cleanup of what that left behind.
-# `fuse-parallel-linears` is left out: in ONNX Runtime on CPU, one wide product and a split measured
-# no faster than the products themselves (MiniLM, 16 and 128 tokens).
-RECIPES: Mapping[str, tuple[str, ...]] = {
-    "none": (),
-    "exact": (
-        "merge-duplicate-constants",
-        *_CLEANUP,
-        "recover-norms",
-        "recover-activations",
-        "recover-rotary",
-        "recover-attention",
-        "fold-padding",
-        "fold-batch-norm",
-        "fold-scale-shift",
-        "fold-scalar",
-        "merge-linears",
-        *_CLEANUP,
-        "merge-duplicate-constants",
-    ),
-}
-
 _SETTINGS: Mapping[str, object] = {
     "target": str | None,
     "seed": int,
     "choices": dict[str, str],
+    "alternatives": tuple[str, ...],
 }
 _SUFFIXES = (".yaml", ".yml")
 _Value = TypeVar("_Value")
@@ -98,12 +67,16 @@ class Recipe:
         seed: of everything random.
         choices: decisions that were measured on some machine, by their name; replaying a recipe
             takes them as they are instead of measuring again.
+        alternatives: recipes as text, one of which may take the place of the passes: the one
+            whose file runs fastest, if that is faster than the file that the passes make. What
+            came out of it names no alternatives, so replaying it measures nothing.
     """
 
     passes: tuple[Pass, ...] = ()
     target: str | None = None
     seed: int = 0
     choices: Mapping[str, str] = field(default_factory=dict, hash=False)
+    alternatives: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
@@ -113,7 +86,8 @@ class Recipe:
             RecipeError: no such pass or option, a bad value, a malformed or missing file.
         """
         if text.strip() in RECIPES:
-            return cls(_named(text.strip()))
+            items = _items(text.strip())
+            return _assemble(items, _settings_of(items))
         if text.endswith(_SUFFIXES):
             return cls.load(text)
         items = read_text(text)
@@ -267,8 +241,19 @@ def _instances(passes: object) -> tuple[Pass, ...]:
     return tuple(found)
 
 
-def _named(name: str) -> tuple[Pass, ...]:
-    items = [item for text in RECIPES[name] for item in read_text(text)]
+def _items(name: str) -> tuple[Item, ...]:
+    return tuple(item for text in RECIPES[name] for item in read_text(text))
+
+
+def _named(name: str, where: str) -> tuple[Pass, ...]:
+    items = _items(name)
+    if any(item.kind == "=" for item in items):
+        raise RecipeError(
+            f"the recipe {name!r} chooses among others by measurement, and stands alone",
+            where=where,
+            hint="name one of those it chooses from: "
+            + ", ".join(known for known in RECIPES if known.startswith(f"{name}-")),
+        )
     return tuple(pass_ for number, item in enumerate(items, 1) for pass_ in _passes(item, number))
 
 
@@ -289,7 +274,7 @@ def _passes(item: Item, number: int) -> tuple[Pass, ...]:
     if item.name in RECIPES:
         if item.value.entries:
             raise RecipeError(f"the recipe {item.name!r} takes no options", where=where)
-        return _named(item.name)
+        return _named(item.name, where)
     return (_pass(item.name, item.value, f"{where} ({item.at})" if item.at else where, where),)
 
 

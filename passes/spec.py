@@ -4,7 +4,7 @@ The grammar (white space between tokens means nothing)::
 
     recipe  = item, { ",", item }, [ "," ] ;
     item    = setting | step ;
-    setting = ( "target" | "seed" | "choices" ), "=", value ;
+    setting = ( "target" | "seed" | "choices" | "alternatives" ), "=", value ;
     step    = name, [ options ] ;           (* a pass, module:Class, or a registered recipe *)
     options = "{", [ option, { ",", option }, [ "," ] ], "}" ;
     option  = name, "=", value ;

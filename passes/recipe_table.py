@@ -1,0 +1,60 @@
+"""The registered recipes: a literal table, name -> items in the grammar of ``passes.spec``.
+
+Each but ``none`` contains the passes of ``exact``.
+
+The order of ``exact``: cleanup, so that the patterns of the others meet plain graphs; then
+composite operators are recovered, before their parts could be folded into something else; then what
+is left is folded into weights, padding and batch norms first, since they stand between the others;
+then cleanup of what that left behind. ``fuse-parallel-linears`` is left out: in ONNX Runtime on
+CPU, one wide product and a split measured no faster than the products themselves (MiniLM, 16 and
+128 tokens).
+
+``int8`` is chosen by measurement (``planish.fastest``): its own passes are those of ``exact``, and
+an alternative takes their place only where its file is faster here and its outputs keep 12 dB on
+inputs that it was not calibrated with. Below that, decisions flip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_CLEANUP = (
+    "fold-constants",
+    "fold-ranges",
+    "remove-identities",
+    "simplify-layout",
+    "eliminate-common-subexpressions",
+    "eliminate-dead-code",
+)
+
+_FLOOR = "keep-float{min_sqnr_db=12}"
+
+RECIPES: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "exact": (
+        "merge-duplicate-constants",
+        *_CLEANUP,
+        "recover-norms",
+        "recover-activations",
+        "recover-rotary",
+        "recover-attention",
+        "fold-padding",
+        "fold-batch-norm",
+        "fold-scale-shift",
+        "fold-scalar",
+        "merge-linears",
+        *_CLEANUP,
+        "merge-duplicate-constants",
+    ),
+    "int8-static": ("exact", "quantize{mode=static}"),
+    "int8-dynamic": ("exact", "quantize{mode=dynamic}"),
+    "int8-weight": ("exact", "quantize{mode=weight}"),
+    "int4-weight": (
+        "exact",
+        "quantize{mode=weight,weights=int4,granularity=block,block_size=32,weight_range=mse}",
+    ),
+    "int8": (
+        f'alternatives=["int8-static,{_FLOOR}","int8-dynamic,{_FLOOR}"]',
+        "exact",
+    ),
+}
