@@ -28,16 +28,11 @@ from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
+from planish.passes.observe import RangeMethod
 from planish.passes.quantize.insert import Inserter
 from planish.passes.quantize.operands import Operands, is_dequantized
 from planish.passes.quantize.plan import Plan, is_attention_product, make_plan
-from planish.passes.quantize.ranges import (
-    Grid,
-    RangeMethod,
-    grid_of,
-    groups_of,
-    observe_ranges,
-)
+from planish.passes.quantize.ranges import Grid, find_grids
 from planish.passes.quantize.regions import Between
 from planish.passes.quantize.where import EVERYWHERE, Where
 
@@ -180,18 +175,15 @@ class Quantize(Pass):
 
     def _grids(self, program: Program, plan: Plan, context: PassContext) -> dict[str, Grid]:
         """How each value is written, from what calibration saw."""
-        values = plan.missing_values()
-        if not values:
-            return {}
-        assert context.calibration is not None
-        scheme = self.value_scheme
-        ranges = observe_ranges(program, values, context.calibration, self.range, scheme)
-        grids: dict[str, Grid] = {}
-        for group in groups_of(values, plan.agree):
-            grid = grid_of([ranges(value) for value in group], scheme)
-            assert grid is not None
-            grids.update((value.name, grid) for value in group)
-        return grids
+        return find_grids(
+            program,
+            plan.missing_values(),
+            plan.agree,
+            self.value_scheme,
+            self.range,
+            context,
+            self.padding_mask,
+        )
 
 
 def _nothing(plan: Plan) -> PassError:

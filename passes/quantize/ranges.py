@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planish.ir.execute import run
 from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
-from planish.passes.calibrate import Spool
-
-RangeMethod = Literal["minmax", "average", "percentile", "entropy", "mse"]
+from planish.passes.base import PassContext
+from planish.passes.observe import RangeMethod, observe
+from planish.passes.quantize.operands import QUANTIZE
 
 
 @dataclass(frozen=True)
@@ -49,37 +47,61 @@ def groups_of(values: Iterable[Node], agree: Sequence[tuple[Node, Node]]) -> lis
     return list(groups.values())
 
 
-def grid_of(ranges: Sequence[tuple[float, float]], scheme: QuantScheme) -> Grid | None:
-    """One grid for values of these ranges; None where one is not finite."""
-    low = torch.tensor([r[0] for r in ranges]).amin()
-    high = torch.tensor([r[1] for r in ranges]).amax()
-    if not (bool(low.isfinite()) and bool(high.isfinite())):
-        return None
-    scale, zero = scheme.qparams(low, high)
+def grid_of(ranges: Sequence[tuple[float, float]], scheme: QuantScheme) -> Grid:
+    """One grid for values of these ranges (low, high)."""
+    low, high = (torch.tensor(bounds) for bounds in zip(*ranges, strict=True))
+    scale, zero = scheme.qparams(low.amin(), high.amax())
     return Grid(scale, zero, scheme)
 
 
-Ranges = Callable[[Node], tuple[float, float]]
+def existing_grid(value: Node, scheme: QuantScheme, program: Program) -> Grid | None:
+    """The grid by which an earlier pass has written a value in these integers, if one has."""
+    for codes in value.users:
+        if codes.target is not QUANTIZE or codes.kwargs.get("dtype") != scheme.dtype:
+            continue
+        scale, zero = program.constant(codes.args[1]), program.constant(codes.args[2])
+        if scale is not None and zero is not None and scale.dim() == 0:
+            return Grid(scale, zero, scheme)
+    return None
 
 
-def observe_ranges(
+def find_grids(
     program: Program,
     values: Sequence[Node],
-    calibration: Spool,
-    method: RangeMethod,
+    agree: Sequence[tuple[Node, Node]],
     scheme: QuantScheme,
-) -> Ranges:
-    """Smallest and largest value of each."""
-    bounds: dict[str, tuple[float, float]] = {}
-    names = {value.name for value in values}
+    method: RangeMethod,
+    context: PassContext,
+    padding_mask: str | None = None,
+) -> dict[str, Grid]:
+    """How each value is written, by name: from one sweep over the calibration inputs.
 
-    def see(name: str, value: Any) -> None:  # noqa: ANN401
-        if name in names:
-            low, high = bounds.get(name, (0.0, 0.0))
-            bounds[name] = min(low, float(value.amin())), max(high, float(value.amax()))
+    Args:
+        program: what is run.
+        values: in program order.
+        agree: pairs of values whose grids must be the same.
+        scheme: per tensor.
+        method: how a range follows from what was seen.
+        context: gives the calibration, and takes remarks.
+        padding_mask: the input that is 0 at padding.
 
-    for inputs in calibration:
-        for placeholder, value in zip(program.placeholders, inputs, strict=True):
-            see(placeholder.name, value)
-        run(program, inputs, observe=lambda node, value: see(node.name, value))
-    return lambda node: bounds[node.name]
+    Raises:
+        RequirementError: there is no calibration.
+        PassError: a value was NaN or infinite.
+    """
+    groups = groups_of(values, agree)
+    held = {value: existing_grid(value, scheme, program) for value in values}
+    fresh = [v.name for group in groups if not any(held[v] for v in group) for v in group]
+    found: dict[str, Grid] = {}
+    statistics = None
+    if fresh:
+        statistics = observe(program, fresh, context.calibration, padding_mask=padding_mask)
+        for sentence in statistics.remarks:
+            context.remark(sentence)
+    for group in groups:
+        grid = next((held[v] for v in group if held[v]), None)
+        if grid is None:
+            assert statistics is not None
+            grid = grid_of([statistics.range(v.name, method, scheme) for v in group], scheme)
+        found.update((value.name, grid) for value in group)
+    return found
