@@ -96,7 +96,7 @@ class _Driver:
         # A clone that a pass got and left as it was is still private: the next pass gets it.
         self.spare: Program | None = None
         self.handed: Untouched | None = None
-        self.unquantized = run.original if not _is_quantized(run.original) else None
+        run.floating = None if _is_quantized(run.original) else run.original
 
     def go(self) -> None:
         entered: list[Instrument] = []
@@ -157,8 +157,8 @@ class _Driver:
                     _note(error, instrument, second)
             raise
         self.run.program = result.program
-        if result.program is self.unquantized or not _is_quantized(result.program):
-            self.unquantized = result.program
+        if result.program is not self.run.floating and not _is_quantized(result.program):
+            self.run.floating = result.program
         # What a step held on to would keep every state of the constants in memory.
         step.before = step.after = None
 
@@ -224,8 +224,7 @@ class _Driver:
 
     def context_of(self, step: Step) -> PassContext:
         """What a pass may look at."""
-        floating = self.unquantized
-        given = self.run.context.float_program
+        floating, given = self.run.floating, self.run.context.float_program
         return replace(
             self.run.context,
             remark=step.remark,

@@ -175,6 +175,8 @@ class Run:
         context: what the passes may look at.
         program: the current program, in the end the result.
         steps: one per pass of the recipe.
+        floating: the latest program in which nothing was quantized; None where the run began with
+            a quantized one.
         failure: what stopped the run, if anything did.
         seconds: wall time of the whole run, instruments included.
     """
@@ -184,6 +186,7 @@ class Run:
     context: PassContext
     program: Program
     steps: tuple[Step, ...] = ()
+    floating: Program | None = None
     failure: BaseException | None = None
     seconds: float = 0.0
 

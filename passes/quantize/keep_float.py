@@ -200,7 +200,7 @@ class KeepFloat(Pass):
 
         order = [e.node for e in errors if e.node not in fixed]
         limit = max(0, len(order) if self.max_operators is None else self.max_operators)
-        found = fewest(order[:limit], lambda kept: self._holds(score(kept)))
+        found = fewest(order[:limit], lambda kept: self.holds(score(kept)))
         kept = tuple(order[:limit]) if found is None else found
         before, after = score(()), score(kept)
         summary = (
@@ -208,7 +208,7 @@ class KeepFloat(Pass):
             f"{after} on {len(held_out)} batches; all of them quantized: {before}"
         )
         if found is None:
-            summary = f"the bound ({self._bounds()}) cannot be kept; the best reached: {summary}"
+            summary = f"the bound ({self.bounds}) cannot be kept; the best reached: {summary}"
         context.remark(summary)
         return (*fixed, *kept), errors
 
@@ -225,7 +225,8 @@ class KeepFloat(Pass):
             return ranges, ranges
         return ranges, list(islice(context.held_out, self.batches))
 
-    def _holds(self, score: Score) -> bool:
+    def holds(self, score: Score) -> bool:
+        """Whether outputs of this score keep the bound."""
         pairs = (
             (self.min_sqnr_db, score.fidelity.sqnr_db),
             (self.min_cosine, score.fidelity.cosine),
@@ -233,7 +234,9 @@ class KeepFloat(Pass):
         )
         return all(low is None or (got is not None and got >= low) for low, got in pairs)
 
-    def _bounds(self) -> str:
+    @property
+    def bounds(self) -> str:
+        """The bound as text: ``min_sqnr_db 12``."""
         names = ("min_sqnr_db", "min_cosine", "min_metric")
         found = [(name, getattr(self, name)) for name in names]
         return ", ".join(f"{name} {value:g}" for name, value in found if value is not None)
