@@ -1,0 +1,233 @@
+"""Round a layer's weights one input after another, each error repaired by the inputs to come.
+
+Rewrite:
+    W  ->  dequantize(Q, s, z),   min ||W X - W' X||^2
+    for each input i:   q = Q(w_i),  e = (w_i - q) / U_ii,  w_j -= e U_ij for j > i
+    H = (2 / n) X X^T + d I,   d = damping * mean(diag H),   H^-1 = U^T U
+Shapes:       W: [O, I], X: [I, n]; H: [I, I]. A convolution is a linear layer on its windows, one
+              per group of channels.
+Requires:     calibrated inputs. The layers are taken in the order of the program and read what the
+              rounded layers before them give (see lockstep), so that no statistic is stale.
+Contract:     lossy; the sum of e^2 / 2 is exactly the output error tr(D H D^T) / 2 of the layer.
+Cost:         O(I^3 + O I^2) per layer, one run over the calibration inputs; memory I^2 and the
+              live values of all batches.
+Failures:     a table that is embedding and output layer at once is rounded before anything else
+              runs, so its H comes from the float program, plus a multiple of the identity for
+              the rows it is looked up by. Dead inputs (H_ii = 0) get a weight of 0. Columns may be
+              taken in the order of diag H; scales are those of the original order, so that no
+              index is needed at run time.
+Source:       Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+              Transformers", ICLR 2023, sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from planish.ir.program import Program
+from planish.ir.quantscheme import QuantScheme
+from planish.ir.rewriter import Rewriter
+from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
+from planish.passes.quantize.weights import Codes
+from planish.passes.quantize.where import Where
+from planish.passes.rounding.clipping import clipped_ranges
+from planish.passes.rounding.layerwise import Factors, round_in_sequence
+from planish.passes.rounding.round_weights import WeightType
+from planish.passes.rounding.targets import find_weights, required, spread_rows
+
+_BATCH = 128  # columns between two products with the rest of the matrix
+
+
+def inverse_factor(h: Tensor, damping: float) -> Tensor:
+    """``U`` of ``(H + d I)^-1 = U^T U``, upper triangular, float64; H has no dead inputs."""
+    damped = h + torch.eye(len(h), dtype=h.dtype) * (damping * h.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def sweep(
+    rows: Tensor,
+    factor: Tensor,
+    round_column: Callable[[Tensor, int], Tensor],
+    *,
+    batch: int = _BATCH,
+    before: Callable[[Tensor, int], None] | None = None,
+) -> tuple[Tensor, float]:
+    """Round columns from left to right, and repair each error in the columns to come.
+
+    Args:
+        rows: ``[O, I]``.
+        factor: ``U``, ``[I, I]``.
+        round_column: column ``[O]`` and its index to the column as it is written.
+        batch: columns between two products with the rest; the result does not depend on it.
+        before: shown the weights as they have become, ahead of each column.
+
+    Returns:
+        The rounded weights, ``[O, I]``, and the sum of ``e^2 / 2``.
+    """
+    w = rows.clone()
+    done = torch.empty_like(w)
+    loss = 0.0
+    for start in range(0, w.shape[1], batch):
+        stop = min(start + batch, w.shape[1])
+        errors = torch.empty(w.shape[0], stop - start, dtype=w.dtype)
+        for i in range(start, stop):
+            if before is not None:
+                before(w, i)
+            done[:, i] = round_column(w[:, i], i)
+            e = (w[:, i] - done[:, i]) / factor[i, i]
+            w[:, i + 1 : stop].addr_(e, factor[i, i + 1 : stop], alpha=-1)
+            errors[:, i - start] = e
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+        loss += float(errors.double().square().sum()) / 2
+    return done, loss
+
+
+def gptq(
+    rows: Tensor,
+    h: Tensor,
+    scheme: QuantScheme,
+    *,
+    damping: float = 0.01,
+    reorder: bool = True,
+    static: bool = True,
+    clip: bool = True,
+    factors: Factors | None = None,
+) -> tuple[Codes, float]:
+    """Round one matrix.
+
+    Args:
+        rows: float ``[O, I]``.
+        h: ``(2 / n) X X^T``, ``[I, I]``.
+        scheme: blocks along axis 1, or channels along axis 0.
+        damping: share of the mean of diag H that is added to it.
+        reorder: take the inputs in the order of falling diag H; needs ``static`` scales.
+        static: scales come from the original weights; else from the weights as the errors of
+            earlier blocks have left them.
+        clip: choose each group's range by its output error.
+        factors: keeps the factor of H for other matrices on the same inputs.
+
+    Returns:
+        The integers, and ``tr(D H D^T) / 2`` with the damping in H.
+    """
+    if reorder and not static:
+        raise ValueError("columns can be reordered only with static scales")
+    h, dead = h.double().clone(), h.diagonal() == 0
+    rows = rows.float().clone()
+    rows[:, dead] = 0
+    order, factor = _factor(h, dead, damping, reorder, factors)
+    ranges = (lambda r, g: clipped_ranges(r, scheme, g)) if clip else _plain(scheme)
+    scale, zero = ranges(rows, h)
+    scales, zeros = (spread_rows(p, rows, scheme).float().contiguous() for p in (scale, zero))
+    low, high = scheme.range
+
+    def round_column(column: Tensor, i: int) -> Tensor:
+        s, z = scales[:, order[i]], zeros[:, order[i]]
+        return (((column / s).round() + z).clamp(low, high) - z) * s
+
+    def regroup(w: Tensor, i: int) -> None:
+        if scheme.granularity == "block" and i % scheme.block_size == 0:
+            stop = min(i + scheme.block_size, w.shape[1])
+            s, z = ranges(w[:, i:stop].contiguous(), h[i:stop, i:stop])
+            group = i // scheme.block_size
+            scale[:, group], zero[:, group] = s[:, 0], z[:, 0]
+            scales[:, i:stop], zeros[:, i:stop] = s, z.float()
+
+    # A group must not straddle two batches: its later columns would be repaired too late.
+    batch = _BATCH if static else max(_BATCH, scheme.block_size)
+    done, loss = sweep(
+        rows[:, order], factor, round_column, batch=batch, before=None if static else regroup
+    )
+    real = torch.empty_like(done)
+    real[:, order] = done
+    return Codes(scheme.quantize(real, scale, zero), scale, zero, scheme), loss
+
+
+def _plain(scheme: QuantScheme) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return lambda rows, h: scheme.qparams_of(rows)
+
+
+def _factor(
+    h: Tensor,
+    dead: Tensor,
+    damping: float,
+    reorder: bool,
+    known: Factors | None,
+) -> tuple[Tensor, Tensor]:
+    """The order of the columns, and the factor of the inverse of H in that order."""
+    if known and reorder in known:
+        return known[reorder]
+    living = h + torch.diag(dead.double())
+    order = torch.arange(len(h))
+    if reorder:
+        order = living.diagonal().argsort(descending=True, stable=True)
+    found = order, inverse_factor(living[order][:, order], damping).float()
+    if known is not None:
+        known[reorder] = found
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(Pass):
+    """Round weights so that each layer's output on calibrated inputs stays.
+
+    Attributes:
+        dtype: which integers.
+        block_size: inputs that share a scale; 0 for one scale per output.
+        symmetric: zero stands in the middle; None for what the type suggests.
+        damping: share of the mean of diag H that is added to it.
+        reorder: take inputs in the order of falling diag H.
+        clip: choose each group's range by its output error.
+        embeddings: also tables that are only looked up in; of these each number is rounded alone.
+        convolutions: also convolutions, per channel.
+        padding_mask: input that is 1 for tokens and 0 for padding, which is left out of H.
+        where: a choice among the operators.
+    """
+
+    name: ClassVar[str] = "gptq"
+    contract: ClassVar[Contract] = Contract.LOSSY
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    source: ClassVar[tuple[str, ...]] = (
+        "Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained "
+        "Transformers, ICLR 2023, sections 3.2 and 3.3",
+    )
+
+    dtype: WeightType = "uint4"
+    block_size: int = 32
+    symmetric: bool | None = None
+    damping: float = 0.01
+    reorder: bool = True
+    clip: bool = True
+    embeddings: bool = True
+    convolutions: bool = False
+    padding_mask: str = ""
+    where: Where = field(default_factory=Where)
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Round every weight, in program order."""
+        weights, refusals = find_weights(
+            program, embeddings=self.embeddings, convolutions=self.convolutions, where=self.where
+        )
+        rewriter = Rewriter(program, self.name, context.sites)
+        round_in_sequence(
+            rewriter,
+            required(weights, refusals, self.name),
+            context,
+            lambda w: w.scheme(self.dtype, self.block_size, self.symmetric),
+            self._round,
+            self.padding_mask,
+        )
+        return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))
+
+    def _round(
+        self, rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors
+    ) -> tuple[Codes, float]:
+        return gptq(
+            rows, h, scheme, damping=self.damping, reorder=self.reorder, clip=self.clip,
+            factors=factors,
+        )  # fmt: skip
