@@ -58,6 +58,7 @@ class OnnxBackend(Backend):
         """Emit, write aside, run and compare, move into place."""
         from planish.backends.onnx_build import build, count_operators
         from planish.backends.onnx_translate import emit
+        from planish.backends.stepwise import Emission
         from planish.backends.verify_artifact import verify_artifact
 
         options = options or ExportOptions()
@@ -74,9 +75,15 @@ class OnnxBackend(Backend):
             )
             self.check(model, aside)
             operators = count_operators(model)
-            comparison, runtime = (None, None)
+            comparison, runtime, kernels = None, None, ()
             if options.verify:
-                comparison, runtime = verify_artifact(program, aside, options.remark)
+                comparison, runtime, kernels = verify_artifact(
+                    program,
+                    aside,
+                    options.remark,
+                    emission=Emission(emitter, model, initializers),
+                    quantization=options.quantization,
+                )
             final = publish(files, goal)
         return Artifact(
             path=goal,
@@ -90,6 +97,7 @@ class OnnxBackend(Backend):
             operators=operators,
             comparison=comparison,
             runtime=runtime,
+            kernels=kernels,
         )
 
     def run(self, path: str | Path, inputs: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
