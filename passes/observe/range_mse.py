@@ -28,9 +28,8 @@ def mse(histogram: Histogram, scheme: QuantScheme) -> tuple[float, float]:
     """
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     if scheme.symmetric:
-        limit = max(high, -low)
-        # One search for the size of both sides at once.
-        best, _ = _shrink(histogram, scheme, (-limit, limit), (True, True))
+        # Both sides at once: only the larger one decides on the scale.
+        best, _ = _shrink(histogram, scheme, (low, high), (True, True))
         return best
     best, error = (low, high), float("inf")
     while True:

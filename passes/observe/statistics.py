@@ -82,6 +82,9 @@ class Statistics:
     ) -> tuple[float, float]:
         """The real range to quantize a value with; ``scheme.qparams`` makes a scale of it.
 
+        For a symmetric scheme only that scale counts: either end may be given smaller than what
+        the scheme can write there.
+
         Args:
             name: the value.
             method: "minmax", "average" (of the samples' ranges), "percentile", "entropy" (KL),
