@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from planish.ir.compare import Fidelity
+from planish.passes.base import OperatorError
 from planish.passes.steps import NodeError
 
 if TYPE_CHECKING:
@@ -87,6 +88,38 @@ def accuracy_parts(losses: Sequence[Loss]) -> list[RenderableType]:
     if len(losses) > _SHOWN:
         more = len(losses) - _SHOWN
         parts.append(Text(f"{more} more rewritten values; the JSON report has all", style="dim"))
+    return parts
+
+
+def operator_parts(errors: Sequence[OperatorError]) -> list[RenderableType]:
+    """What each operator costs by itself, the worst first; nothing where nothing was measured."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not errors:
+        return []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("operator", overflow="fold")
+    table.add_column("node", overflow="fold")
+    for title in ("own\ndB", "outputs\ndB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("stays")
+    table.add_column("source")
+    for error in errors[:_SHOWN]:
+        table.add_row(
+            Text(error.operator),
+            Text(error.node),
+            sqnr_text(error.own),
+            f"{error.output_db:.1f}",
+            "float" if error.kept_float else "integer",
+            Text(_place(error.source), overflow="ellipsis", no_wrap=True),
+        )
+    head = "what quantizing one operator alone does: to its own result, and to the model's outputs"
+    parts: list[RenderableType] = [Text(head), table]
+    if len(errors) > _SHOWN:
+        more = len(errors) - _SHOWN
+        parts.append(Text(f"{more} more operators; the JSON report has all", style="dim"))
     return parts
 
 

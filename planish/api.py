@@ -22,13 +22,13 @@ from planish.ir.capture import capture
 from planish.ir.compare import measure
 from planish.ir.cost import cost
 from planish.ir.errors import CaptureError, UsageError
-from planish.ir.execute import run
 from planish.ir.program import Program
 from planish.optimized import Optimized
 from planish.passes.base import Fact, Pass, PassContext
-from planish.passes.pipeline import Run, run_pipeline
 from planish.passes.recipe import Recipe, resolve
+from planish.passes.steps import Run
 from planish.report import PassEntry, Report
+from planish.running import Runner
 
 if TYPE_CHECKING:
     from planish.passes.calibrate import Spool
@@ -47,6 +47,8 @@ def optimize(
     dynamic_shapes: Any = None,  # noqa: ANN401 - exactly as torch.export takes it
     loss: Callable[[Any, Any], Tensor] | None = None,
     labeled: Iterable[Any] | None = None,
+    metric: Callable[[Any, Any], float] | None = None,
+    padding_mask: str | None = None,
     verify: Verify = "each",
     dump_dir: str | Path | None = None,
     instruments: Sequence[Instrument] = (),
@@ -61,10 +63,15 @@ def optimize(
         recipe: a recipe name, a path to YAML, recipe text, a ``Recipe``, or a sequence of passes.
         target: where the program will run.
         calibration: inputs for passes that need them; a dict is keyword arguments, a tuple or
-            list positional ones. Read once.
+            list positional ones. Read once. Of four batches or more, every fifth is held out: no
+            pass takes ranges from it, and fidelity is measured on it.
         dynamic_shapes: as ``torch.export.export`` takes it.
         loss: ``loss(outputs, batch)``, for passes that need gradients.
         labeled: batches for ``loss``.
+        metric: ``metric(outputs, reference)``, higher is better, for ``keep-float{min_metric=..}``:
+            both are what the model returns for one batch, ``reference`` in floating point.
+        padding_mask: name of the input that is 0 where there is padding. Padding then counts
+            neither in ranges nor in errors.
         verify: check invariants and compare outputs after each pass, at the end, or never.
         dump_dir: a folder for the program after every pass.
         instruments: more watchers of the pipeline, outside of those that check it.
@@ -84,12 +91,13 @@ def optimize(
     """
     from planish.backends.registry import load_target
     from planish.passes.calibrate import UNUSED, needs_calibration, spool
-    from planish.passes.debug.reproduce import Reproduce
-    from planish.passes.instruments import CompareEach, default_instruments
 
     _check_call(target, verify, dump_dir, instruments, calibration, loss, labeled, seed)
+    _check_judges(metric, padding_mask)
     resolved = resolve(recipe, target=target, seed=seed)
-    remarks = _overruled(resolved, target, seed) + _unused(resolved, loss, labeled)
+    remarks = _overruled(resolved, target, seed)
+    resolved = _masked(resolved, padding_mask, remarks)
+    remarks += _unused(resolved, loss, labeled, metric)
     target, seed = resolved.target or target, resolved.seed
     load_target(target)
     _check_devices(model, target)
@@ -99,34 +107,56 @@ def optimize(
 
     held: Spool | None = None
     if calibration is not None:
-        if needs_calibration(resolved):
+        if any(needs_calibration(one) for one in _all_recipes(resolved)):
             held = spool(calibration, program, remark=remarks.append)
         else:
             remarks.append(UNUSED)
+    shared, held_out = held.split() if held is not None else (None, None)
     context = PassContext(
         target=target,
-        calibration=held,
+        calibration=shared,
+        held_out=held_out,
+        metric=metric,
         labeled=labeled,
         loss=loss,
         generator=torch.Generator().manual_seed(seed),
     )
-    watchers = default_instruments(verify=verify, dump_dir=dump_dir, seed=seed)
-    compare = next((w for w in watchers if isinstance(w, CompareEach)), None)
-    # First, so that it sees what all others raise.
-    reproduce = Reproduce(dump_dir, verify=verify, seed=seed, compare=compare)
+    runner = Runner(program, context, verify, dump_dir, tuple(instruments), seed)
     start = time.perf_counter()
     try:
-        finished = run_pipeline(program, resolved, context, (reproduce, *instruments, *watchers))
+        ended = runner.result(resolved, padding_mask)
     finally:
         if held is not None:
             held.close()
+    finished = ended.run
     passes = sum(record.seconds for record in finished.records)
     seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
-    answers = compare.answers if compare is not None else None
-    answers = answers or _answers(program, finished.program)
-    report = _report(program, finished, resolved, target, seed, seconds, remarks, answers)
-    report = replace(report, model=type(model).__name__)
-    return Optimized(finished.program, resolved, report, repro_dir=dump_dir)
+    remarks += ended.remarks
+    report = _report(program, finished, ended.recipe, target, seed, seconds, remarks, ended.answers)
+    report = replace(
+        report,
+        model=type(model).__name__,
+        held_out=ended.held_out,
+        race=ended.race,
+    )
+    return Optimized(finished.program, ended.recipe, report, repro_dir=dump_dir)
+
+
+def _all_recipes(recipe: Recipe) -> list[Recipe]:
+    """A recipe and its alternatives."""
+    return [recipe, *map(Recipe.parse, recipe.alternatives)]
+
+
+def _masked(recipe: Recipe, padding_mask: str | None, remarks: list[str]) -> Recipe:
+    """The recipe with the mask in the options of its passes, so that it can be replayed."""
+    if padding_mask is None:
+        return recipe
+    from planish.passes.recipe_options import with_padding_mask
+
+    masked = with_padding_mask(recipe, padding_mask)
+    if masked is None:
+        remarks.append("padding_mask was given, but no pass of the recipe asks for it")
+    return masked or recipe
 
 
 def _overruled(recipe: Recipe, target: str, seed: int) -> list[str]:
@@ -139,13 +169,21 @@ def _overruled(recipe: Recipe, target: str, seed: int) -> list[str]:
     ]
 
 
-def _unused(recipe: Recipe, loss: object, labeled: object) -> list[str]:
+def _unused(recipe: Recipe, loss: object, labeled: object, metric: object) -> list[str]:
     """Remarks on arguments that no pass looks at."""
-    wanted = frozenset().union(*(pass_.needs() for pass_ in recipe.passes))
+    passes = [pass_ for one in _all_recipes(recipe) for pass_ in one.passes]
+    wanted = frozenset().union(*(pass_.needs() for pass_ in passes))
+    given = [
+        (name, fact in wanted)
+        for name, value, fact in (("loss", loss, Fact.LOSS), ("labeled", labeled, Fact.LABELS))
+        if value is not None
+    ]
+    if metric is not None:
+        given.append(("metric", any(pass_.holds_out for pass_ in passes)))
     return [
         f"{name} was given, but no pass of the recipe asks for it"
-        for name, given, fact in (("loss", loss, Fact.LOSS), ("labeled", labeled, Fact.LABELS))
-        if given is not None and fact not in wanted
+        for name, used in given
+        if not used
     ]
 
 
@@ -185,6 +223,17 @@ def _check_call(
             raise UsageError(
                 f"instruments holds {watcher!r}", hint="give a list of planish Instruments"
             )
+
+
+def _check_judges(metric: object, padding_mask: object) -> None:
+    if metric is not None and not callable(metric):
+        raise UsageError(
+            f"metric is a {type(metric).__name__}", hint="give metric(outputs, reference)"
+        )
+    if padding_mask is not None and not isinstance(padding_mask, str):
+        raise UsageError(
+            f"padding_mask is a {type(padding_mask).__name__}", hint="name an input of the model"
+        )
 
 
 def _check_devices(model: object, target: str) -> None:
@@ -287,6 +336,7 @@ def _report(
             ran=record.ran,
             cumulative=record.cumulative,
             node_errors=record.node_errors,
+            operators=record.operators,
         )
         for record in finished.records
     )
@@ -304,17 +354,6 @@ def _report(
         recipe_yaml=recipe.to_yaml(),
         graphs=Graphs(before, finished.program),
     )
-
-
-def _answers(before: Program, after: Program) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Flat outputs of the captured and of the final program, over all samples."""
-    reference: list[Any] = []
-    outputs: list[Any] = []
-    for sample in before.samples:
-        answer = run(before, sample)
-        reference.extend(answer)
-        outputs.extend(answer if after is before else run(after, sample))
-    return tuple(reference), tuple(outputs)
 
 
 def _comparable(value: object) -> bool:

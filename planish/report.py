@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from planish.accuracy import accuracy_parts, ranked, sqnr_text
+from planish.accuracy import accuracy_parts, operator_parts, ranked, sqnr_text
 from planish.ir.compare import Fidelity
 from planish.ir.cost import Cost
 from planish.kernels import fallback_parts, kernel_lines
 from planish.passes import Change, Refusal
+from planish.passes.base import OperatorError
 from planish.passes.steps import NodeError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from planish.graphdata import Graphs
+    from planish.race import Race
+    from planish.running import HeldOut
 
 __all__ = ["PassEntry", "Report", "cost_cells", "fidelity_text", "sqnr_text"]
 
@@ -41,6 +44,7 @@ class PassEntry:
         ran: False where an option left the pass out.
         cumulative: outputs against the original program; None where nothing was compared.
         node_errors: of a lossy pass, the error of every value it rewrote.
+        operators: of a pass that measures operators one by one, what it measured.
     """
 
     name: str
@@ -55,6 +59,7 @@ class PassEntry:
     ran: bool = True
     cumulative: Fidelity | None = None
     node_errors: tuple[NodeError, ...] = ()
+    operators: tuple[OperatorError, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -71,6 +76,7 @@ class PassEntry:
             "fidelity": self.fidelity.to_dict() if self.fidelity else None,
             "cumulative": self.cumulative.to_dict() if self.cumulative else None,
             "node_errors": [error.to_dict() for error in self.node_errors],
+            "operators": [error.to_dict() for error in self.operators],
             "parameters": self.cost.parameters,
             "bytes": self.cost.bytes,
             "macs": self.cost.macs,
@@ -97,6 +103,9 @@ class Report:
         model: what was optimized, as a title: the class of the module.
         recipe_yaml: the resolved recipe as YAML.
         graphs: the program before and after; written out only when asked for.
+        held_out: final outputs against the captured program's, on calibration inputs that no pass
+            saw; None where nothing was lossy or held out.
+        race: the recipes that were measured against each other, where the recipe asks for that.
     """
 
     passes: tuple[PassEntry, ...]
@@ -113,6 +122,8 @@ class Report:
     model: str = ""
     recipe_yaml: str = ""
     graphs: Graphs | None = field(default=None, repr=False, compare=False)
+    held_out: HeldOut | None = None
+    race: Race | None = None
 
     @property
     def changes(self) -> int:
@@ -143,6 +154,8 @@ class Report:
             "target": self.target,
             "runtime": dict(self.runtime) if self.runtime is not None else None,
             "fidelity": self.fidelity.to_dict() if self.fidelity else None,
+            "held_out": self.held_out.to_dict() if self.held_out else None,
+            "race": self.race.to_dict() if self.race else None,
             "accuracy": [loss.to_dict() for loss in ranked(self.passes)],
             "versions": dict(self.versions),
             "seed": self.seed,
@@ -192,7 +205,9 @@ class Report:
         if left_out:
             parts.append(Text(f"left out: {', '.join(left_out)}", style="yellow"))
         parts.extend(Text(line) for line in self._summary())
+        parts.extend(self.race.render() if self.race is not None else [])
         parts.extend(fallback_parts(self.runtime or {}))
+        parts.extend(part for p in self.passes for part in operator_parts(p.operators))
         parts.extend(accuracy_parts(ranked(self.passes)))
         for entry in self.passes:
             for reason, count in Counter(r.reason for r in entry.refusals).most_common(3):
@@ -237,6 +252,11 @@ class Report:
         lines = [f"{nodes}; {stages}"]
         if self.fidelity is not None:
             lines.append(f"outputs against the original: {fidelity_text(self.fidelity)}")
+        if self.held_out is not None:
+            lines.append(
+                f"on {self.held_out.batches} held-out batches, which nothing was calibrated with: "
+                f"{self.held_out.score}"
+            )
         if self.runtime is not None and "operators" in self.runtime:
             counts = sorted(self.runtime["operators"].items(), key=lambda item: -item[1])
             shown = ", ".join(f"{count} {name}" for name, count in counts[:10])

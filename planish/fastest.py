@@ -1,0 +1,305 @@
+"""Choose among recipes by measurement, and hand over nothing slower than floating point.
+
+A recipe with ``alternatives`` (``int8``) is a question: which of them is fastest here, and is it
+faster than the recipe's own passes, which keep the model in floating point? It is answered so:
+
+1. The recipe's own passes run and give the float file, which all others are compared with. Every
+   alternative runs, is exported for the target, and has to keep its own bound (``keep-float``) on
+   inputs that nothing was calibrated with; what fails is out, with the reason.
+2. The files run in alternation, on one thread, on a calibration input; the ratio of the fastest
+   runs decides. A few seconds altogether.
+3. Where the winner is not clearly faster than float, regions of it go back to floating point where
+   that is faster: a region is a set of operators that hand each other integers, and regions of the
+   same operators and shapes are tried together. First those that the runtime computes in float
+   anyway, then the smallest. Each trial is a file, measured against the best so far.
+4. What is still slower than float is not handed over: the float program is, and a remark says so.
+
+The answer is a plain recipe without alternatives: that of the winner, where regions went back with
+``keep-float{operators=[...]}`` behind it. Replaying it measures nothing and gives the same program.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planish.ir.errors import PlanishError, RecipeError, RequirementError, UsageError
+from planish.ir.program import Program
+from planish.passes.base import PassContext
+from planish.passes.quantize.islands import alike, islands
+from planish.passes.quantize.keep_float import KeepFloat, kept_in_float
+from planish.passes.quantize.outputs import Judge, Padding, Score
+from planish.passes.quantize.restore import quantized_operators
+from planish.passes.recipe import Recipe
+from planish.passes.steps import Run
+from planish.race import Entrant, Race
+
+if TYPE_CHECKING:
+    from planish.backends.base import Artifact, Backend
+    from planish.backends.ort_race import Speed
+
+FLOAT = "float"
+CLEAR = 1.15  # a winner faster than float by this is taken as it is
+GAIN = 1.02  # a trial must be faster by this: less is noise
+_TRIALS = 8
+_TRIAL_SECONDS = 90.0  # for all of them together
+_RACE_SECONDS, _TRIAL_RACE_SECONDS = 4.0, 1.5
+JUDGED = 16  # held-out batches that decide
+
+Start = Callable[[Recipe, str], Run]  # runs a recipe under a name and returns the run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is handed over.
+
+    Attributes:
+        recipe: a plain one.
+        run: of that recipe.
+        race: for the report.
+        remarks: sentences for the reader.
+    """
+
+    recipe: Recipe
+    run: Run
+    race: Race
+    remarks: tuple[str, ...]
+
+
+@dataclass
+class _Candidate:
+    entrant: Entrant
+    recipe: Recipe
+    run: Run
+    artifact: Artifact
+
+
+class Fastest:
+    """One race.
+
+    Args:
+        program: as captured.
+        recipe: with alternatives.
+        start: runs a recipe.
+        backend: writes the files.
+        context: calibration, held-out inputs and metric.
+        padding: what does not count in the outputs.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        recipe: Recipe,
+        start: Start,
+        backend: Backend,
+        context: PassContext,
+        padding: Padding,
+    ):
+        self.program = program
+        self.recipe = recipe
+        self.start = start
+        self.backend = backend
+        self.context = context
+        self.padding = padding
+        self.remarks: list[str] = []
+        self.inputs = _inputs(program, context)
+        self._judge: Judge | None = None
+        self._files = 0
+
+    def run(self) -> Outcome:
+        """Run everybody and choose.
+
+        Raises:
+            RequirementError: an alternative needs data that was not given.
+        """
+        with tempfile.TemporaryDirectory(prefix="planish-race-") as name:
+            self.folder = Path(name)
+            base = self._entered(replace(self.recipe, alternatives=()), FLOAT)
+            assert isinstance(base, _Candidate)  # errors of the float file are everybody's
+            found = [self._entered(recipe, name) for recipe, name in self._alternatives()]
+            racing = [c for c in found if isinstance(c, _Candidate)]
+            speeds = self._speeds([base, *racing], _RACE_SECONDS)
+            for candidate, speed in zip((base, *racing), speeds, strict=True):
+                candidate.entrant = replace(candidate.entrant, speed=speed)
+            winner, tried = self._chosen(base, racing)
+        losers = [c.entrant if isinstance(c, _Candidate) else c for c in (base, *found)]
+        return self._outcome(winner, [*losers, *tried])
+
+    # -- entering -----------------------------------------------------------------------------
+
+    def _alternatives(self) -> Iterator[tuple[Recipe, str]]:
+        for text in self.recipe.alternatives:
+            own = Recipe.parse(text)
+            if own.alternatives:
+                raise RecipeError(f"the alternative {text!r} has alternatives itself")
+            yield (
+                replace(own, target=self.recipe.target, seed=self.recipe.seed),
+                text.split(",", 1)[0],
+            )
+
+    def _entered(self, recipe: Recipe, name: str) -> _Candidate | Entrant:
+        """Run and export a recipe, and judge its outputs; an entrant alone is out."""
+        try:
+            run = self.start(recipe, name)
+            score = self._score(run.program) if name != FLOAT else None
+            artifact = self._exported(run.program, verify=name != FLOAT)
+        except PlanishError as error:
+            # Missing data is the caller's to add, and what the float file fails by is no choice.
+            if name == FLOAT or isinstance(error, (RequirementError, UsageError, RecipeError)):
+                raise
+            self.remarks.append(f"{name} is out of the race, it failed: {error.what}")
+            return Entrant(name=name, verdict=f"failed: {error.what}")
+        entrant = Entrant(name=name, score=score, bytes=artifact.bytes)
+        bounds = [p for p in recipe.passes if isinstance(p, KeepFloat) and p.bounded]
+        missed = [p for p in bounds if score is not None and not p.holds(score)]
+        if missed:
+            verdict = f"its outputs keep only {score}; asked for: {missed[0].bounds}"
+            self.remarks.append(f"{name} is out of the race: {verdict}")
+            return replace(entrant, verdict=verdict)
+        return _Candidate(entrant, recipe, run, artifact)
+
+    def _score(self, program: Program) -> Score:
+        if self._judge is None:
+            batches = self.context.held_out or self.context.calibration
+            if batches is None:
+                raise RequirementError(
+                    "choosing by measurement requires calibrated",
+                    hint="pass calibration=... : an iterable of inputs that look like real ones",
+                )
+            held = list(islice(batches, JUDGED))
+            self._judge = Judge(self.program, held, self.padding, self.context.metric)
+        return self._judge.score(program)
+
+    def _exported(self, program: Program, *, verify: bool) -> Artifact:
+        from planish.backends.base import ExportOptions
+
+        self._files += 1
+        path = self.folder / f"{self._files}{self.backend.target.suffix}"
+        options = ExportOptions(verify=verify, choices=dict(self.recipe.choices) or None)
+        return self.backend.export(program, path, options)
+
+    # -- choosing -----------------------------------------------------------------------------
+
+    def _speeds(self, candidates: Sequence[_Candidate], seconds: float) -> list[Speed]:
+        from planish.backends.ort_race import race
+
+        return race([c.artifact.path for c in candidates], self.inputs, seconds=seconds)
+
+    def _chosen(
+        self, base: _Candidate, racing: list[_Candidate]
+    ) -> tuple[_Candidate, list[Entrant]]:
+        """The one to hand over, and the variations that were tried."""
+        if not racing:
+            return base, []
+        best = max(racing, key=lambda c: _ratio(c.entrant))
+        tried: list[Entrant] = []
+        if _ratio(best.entrant) < CLEAR:
+            mixed = self._mixed(base, best)
+            if mixed is not None:
+                tried.append(mixed.entrant)
+                best = mixed
+        return (best if _ratio(best.entrant) >= 1.0 else base), tried
+
+    def _mixed(self, base: _Candidate, best: _Candidate) -> _Candidate | None:
+        """A variation with regions in floating point, if that is faster."""
+        floating = best.run.floating
+        if floating is None:
+            return None
+        program, path = best.run.program, best.artifact.path
+        kept: tuple[str, ...] = ()
+        deadline = time.perf_counter() + _TRIAL_SECONDS
+        for names in islice(self._regions(best), _TRIALS):
+            if time.perf_counter() > deadline:
+                self.remarks.append("not all regions were tried in floating point: out of time")
+                break
+            trial = kept_in_float(program, floating, (*kept, *names))
+            artifact = self._exported(trial, verify=False)
+            if self._ratio_of(path, artifact.path) >= GAIN:
+                kept, path = (*kept, *names), artifact.path
+        if not kept:
+            return None
+        if len(kept) == len(quantized_operators(program)):
+            return None  # nothing is left of it: that is the float file
+        order = [n.name for n in quantized_operators(program) if n.name in kept]
+        recipe = replace(
+            best.recipe, passes=(*best.recipe.passes, KeepFloat(operators=tuple(order)))
+        )
+        name = f"{best.entrant.name}, mixed"
+        mixed = self._entered(recipe, name)
+        if not isinstance(mixed, _Candidate):
+            return None
+        _, speed = self._speeds([base, mixed], _RACE_SECONDS)
+        mixed.entrant = replace(mixed.entrant, speed=speed, kept_float=tuple(order))
+        return mixed
+
+    def _regions(self, best: _Candidate) -> list[tuple[str, ...]]:
+        """Regions to try: what runs in float anyway, then the others, the smallest first."""
+        floats = tuple(use.node for use in best.artifact.kernels if use.kernel is None)
+        quantized = {n.name for n in quantized_operators(best.run.program)}
+        first = tuple(name for name in floats if name in quantized)
+        found = islands(best.run.program)
+        if len(found) == 1:  # a network in one piece: taken apart by what its operators are
+            found = alike(best.run.program)
+        rest = [tuple(n for n in names if n not in first) for names in found]
+        return [names for names in (first, *rest) if names]
+
+    def _ratio_of(self, path: Path, other: Path) -> float:
+        from planish.backends.ort_race import race
+
+        speed = race([path, other], self.inputs, seconds=_TRIAL_RACE_SECONDS)[1]
+        return min(speed.ratio, speed.median_ratio)
+
+    def _outcome(self, winner: _Candidate, entrants: list[Entrant]) -> Outcome:
+        """The verdicts in words."""
+        taken = winner.entrant.name
+        told = []
+        for entrant in entrants:
+            verdict = entrant.verdict
+            if entrant.name == taken:
+                verdict = "taken"
+            elif not verdict and entrant.name != FLOAT:
+                slower = _ratio(entrant) < 1.0
+                verdict = "slower than float" if slower else f"slower than {taken}"
+            told.append(replace(entrant, verdict=verdict))
+        if taken == FLOAT:
+            self.remarks.append(
+                "NOTHING IS QUANTIZED: no file in integers was good enough and faster than the "
+                "one in floating point here; "
+                + "; ".join(f"{e.name}: {_result(e)}" for e in told if e.name != FLOAT)
+            )
+        elif winner.entrant.kept_float:
+            count = len(winner.entrant.kept_float)
+            self.remarks.append(
+                f"{count} quantized operators went back to floating point, because that is faster "
+                f"here: {', '.join(winner.entrant.kept_float[:8])}" + (", ..." * (count > 8))
+            )
+        race = Race(entrants=tuple(told), taken=taken)
+        return Outcome(winner.recipe, winner.run, race, tuple(self.remarks))
+
+
+def _ratio(entrant: Entrant) -> float:
+    """How much faster than float."""
+    assert entrant.speed is not None
+    return entrant.speed.ratio
+
+
+def _result(entrant: Entrant) -> str:
+    if entrant.speed is None:
+        return entrant.verdict
+    return f"{entrant.verdict} ({entrant.speed.ratio:.2f}x)"
+
+
+def _inputs(program: Program, context: PassContext) -> tuple[Any, ...]:
+    """What the files are timed on: real inputs where there are some."""
+    if context.calibration is not None:
+        return next(iter(context.calibration))
+    if not program.samples:
+        raise UsageError(
+            "there are no inputs to measure speed with", hint="give example inputs or calibration"
+        )
+    return program.samples[0]
