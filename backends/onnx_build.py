@@ -49,7 +49,7 @@ def build(
         producer_name="planish",
     )
     _inline(e, model)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.domain:
             model.graph.opset_imports.setdefault(node.domain, 1)
     for key, value in metadata.items():
