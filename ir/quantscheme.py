@@ -157,6 +157,8 @@ class QuantScheme:
         scale = spread(scale, x, axis, block)
         zero = spread(zero_point, x, axis, block).to(torch.float32)
         codes = (x.to(torch.float32) / scale).round() + zero
+        # The largest int32 is no float32.
+        codes = codes.double() if self.storage_bits == 32 else codes
         return codes.clamp(*self.range).to(self.storage)
 
     def dequantize(self, q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -135,7 +136,37 @@ def _scheme(program: Program, node: Node) -> str | None:
     is_code = op_name(node.target) == "planish.dequantize"
     if is_code and codes is not None and not bool(((codes >= low) & (codes <= high)).all()):
         return f"its constant holds integers outside of {low} to {high}"
-    return _partner_problem(program, node, ("scale", "zero_point", "dtype", "axis", "block_size"))
+    return _dynamic_problem(node) or _partner_problem(
+        program, node, ("scale", "zero_point", "dtype", "axis", "block_size")
+    )
+
+
+def _dynamic_problem(node: Node) -> str | None:
+    """Say in what a dequantize differs from the dynamic_quantize it reads."""
+    source = _item(node.args[0])
+    if op_name(node.target) != "planish.dequantize" or source is None:
+        return None
+    made, position = source
+    if op_name(made.target) != "planish.dynamic_quantize":
+        return None
+    if position != 0 or _item(argument(node, "scale")) != (made, 1):
+        return f"its integers and its scale are not the first two results of {made.name}"
+    if _item(argument(node, "zero_point")) != (made, 2):
+        return f"its zero point is not the third result of {made.name}"
+    if argument(node, "dtype") != argument(made, "dtype"):
+        return f"its dtype is not that of {made.name}, which quantized its input"
+    if (argument(node, "axis") is not None) != argument(made, "per_token"):
+        return f"it and {made.name} differ in whether each token has its own scale"
+    return None
+
+
+def _item(value: object) -> tuple[Node, int] | None:
+    """The node and the position that a getitem takes."""
+    if isinstance(value, Node) and value.target is operator.getitem:
+        made, position = value.args
+        if isinstance(made, Node) and isinstance(position, int):
+            return made, position
+    return None
 
 
 _DECOMPOSED = "quantized_decomposed."

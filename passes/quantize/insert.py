@@ -32,6 +32,8 @@ from planish.passes.quantize.weights import (
     weight_scheme,
 )
 
+RIGHT = frozenset({"other", "mat2", "batch2"})  # operands whose rows are summed over
+
 
 class Inserter:
     """Makes the nodes that write operands as integers, one for each value and scheme.
@@ -59,7 +61,7 @@ class Inserter:
         self.grids = grids
         self.dynamic = dynamic
         self.remarks: list[str] = []
-        self._pairs: dict[str, Node] = {}
+        self._pairs: dict[tuple[str, bool], Node] = {}
         self._constants: dict[tuple[str, QuantScheme], tuple[Node, Codes]] = {}
 
     def write(self, node: Node, operands: Operands) -> None:
@@ -68,7 +70,7 @@ class Inserter:
         for slot in operands.values:
             value = slot.read(node)
             if not is_dequantized(value):
-                new[slot] = self._value(value, node)
+                new[slot] = self._value(value, node, per_token=slot.name not in RIGHT)
         for weight in operands.weights:
             if not is_dequantized(weight.slot.read(node)):
                 new[weight.slot] = self._weight(node, weight, operands, new)
@@ -79,17 +81,37 @@ class Inserter:
         if new:
             self.rewriter.set_args(node, *with_operands(node, new))
 
+    def finish(self) -> None:
+        """Once everything is written: remark weights that stay in float beside their integers."""
+        for name in sorted({name for name, _ in self._constants}):
+            readers = [
+                user.name
+                for node in self.rewriter.program.graph.find_nodes(op="get_attr", target=name)
+                for user in node.users
+            ]
+            if readers:
+                self.remarks.append(
+                    f"{name} stays in float beside its integers: {', '.join(readers)} reads it"
+                )
+
     # -- values -------------------------------------------------------------------------------
 
-    def _value(self, value: Node, reader: Node) -> Node:
-        """The pair of a value, made right behind it."""
-        found = self._pairs.get(value.name)
-        if found is None:
+    def _value(self, value: Node, reader: Node, *, per_token: bool) -> Node:
+        """The pair of a value, made right behind it.
+
+        Args:
+            value: to be read as integers.
+            reader: what reads it.
+            per_token: whether its rows may have a scale each, where the caller asked for that;
+                the rows of a right operand are summed over and must share one.
+        """
+        key = (value.name, per_token)
+        if key not in self._pairs:
             self.rewriter.insert_before(_behind(value))
-            found = self._dynamic(value) if self.grids is None else self._static(value)
+            static = self.grids is not None
+            self._pairs[key] = self._static(value) if static else self._dynamic(value, per_token)
             self.rewriter.insert_before(reader)
-            self._pairs[value.name] = found
-        return found
+        return self._pairs[key]
 
     def _static(self, value: Node) -> Node:
         assert self.grids is not None
@@ -104,9 +126,10 @@ class Inserter:
         codes = self.rewriter.call(QUANTIZE, [value, scale, zero], dtype, like=value)
         return self.rewriter.call(DEQUANTIZE, [codes, scale, zero], dtype, like=value)
 
-    def _dynamic(self, value: Node) -> Node:
+    def _dynamic(self, value: Node, per_token: bool) -> Node:
         assert self.dynamic is not None
-        dtype, per_token = self.dynamic
+        dtype, wanted = self.dynamic
+        per_token = per_token and wanted
         options: dict[str, Argument] = {"dtype": dtype}
         triple = self.rewriter.call(
             DYNAMIC, [value], {**options, "per_token": per_token}, like=value

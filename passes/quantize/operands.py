@@ -55,7 +55,7 @@ class Operands:
     """The operands of one operator.
 
     Attributes:
-        kind: what it is, for messages: "linear", "convolution", "product", "embedding",
+        kind: what it is: "linear", "convolution", "product", "attention", "embedding",
             "recurrent" or "between" (no products: elementwise, pooling, views).
         values: computed operands.
         weights: constant ones.
@@ -98,6 +98,14 @@ def with_operands(
 def is_dequantized(value: object) -> bool:
     """Whether an operand is already written in integers."""
     return is_op(value, DEQUANTIZE)
+
+
+def is_written(node: Node, operands: Operands, *, bias: bool) -> bool:
+    """Whether an operator reads integers already, its bias included if asked."""
+    slots = list(operands.slots)
+    if bias and operands.bias is not None:
+        slots.append(operands.bias)
+    return all(is_dequantized(slot.read(node)) for slot in slots)
 
 
 def source_of(value: Node) -> Node:
@@ -186,6 +194,10 @@ def _product(first: str, second: str, bias: str | None = None) -> Callable[..., 
     return read
 
 
+def _attention(node: Node, program: Program) -> Operands | str:
+    return Operands("attention", (Slot("query"), Slot("key"), Slot("value")))
+
+
 def _embedding(node: Node, program: Program) -> Operands | str:
     if not is_weight(argument(node, "weight"), program):
         return "its table is computed, not constant"
@@ -221,6 +233,7 @@ OPERANDS: Mapping[Any, Callable[[Node, Program], Operands | str]] = {
     aten.addmm.default: _product("mat1", "mat2", "self"),
     aten.baddbmm.default: _product("batch1", "batch2", "self"),
     aten.embedding.default: _embedding,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.lstm.input: _recurrent,
     aten.gru.input: _recurrent,
 }

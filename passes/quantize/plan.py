@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
 
-from planish.ir.errors import source_line
+from planish.ir.errors import PassError, source_line
 from planish.ir.ops import aten, is_op
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
@@ -55,7 +55,14 @@ class Plan:
 Declines = Callable[[Node, Operands], str | None]
 
 
-def make_plan(program: Program, where: Where, between: Between, declines: Declines) -> Plan:
+def make_plan(
+    program: Program,
+    where: Where,
+    between: Between,
+    declines: Declines,
+    *,
+    values: bool = True,
+) -> Plan:
     """Decide which operators compute on integers.
 
     Args:
@@ -63,12 +70,17 @@ def make_plan(program: Program, where: Where, between: Between, declines: Declin
         where: which operators may.
         between: where operators between the products do, see ``regions``.
         declines: why an operator that could must not, or None.
+        values: whether values are quantized; else only operators with weights are looked at.
     """
     plan = Plan()
     for node in program.operators:
         operands = operands_of(node, program)
         if operands is None:
             continue
+        if not values and isinstance(operands, Operands):
+            operands = replace(operands, values=(), bias=None)
+            if not operands.weights:
+                continue
         if not where.takes(node):
             plan.excluded += 1
             continue
@@ -87,6 +99,17 @@ def make_plan(program: Program, where: Where, between: Between, declines: Declin
     plan.operators = {node: both[node] for node in program.operators if node in both}
     plan.agree = region.agree
     return plan
+
+
+def nothing(plan: Plan) -> PassError:
+    """The error that nothing could be quantized, with what was looked at."""
+    reasons = list(dict.fromkeys(f"{r.node}: {r.reason}" for r in plan.refusals))
+    what = f"nothing was quantized: {len(plan.refusals)} operators refused"
+    if plan.excluded:
+        what += f", {plan.excluded} left out by `where`"
+    if reasons:
+        what += " (" + "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "") + ")"
+    return PassError(what, hint="look at the refusals; widen `where`, or choose another mode")
 
 
 def _bad_weight(node: Node, operands: Operands, program: Program) -> str | None:

@@ -23,18 +23,20 @@ from typing import ClassVar, Literal
 
 from torch.fx import Node
 
-from planish.ir.errors import PassError
+from planish.ir.ops import aten, is_op
 from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.observe import RangeMethod
+from planish.passes.quantize.attention import decompose, is_attention
 from planish.passes.quantize.insert import Inserter
-from planish.passes.quantize.operands import Operands, is_dequantized
-from planish.passes.quantize.plan import Plan, is_attention_product, make_plan
+from planish.passes.quantize.operands import Operands, is_written
+from planish.passes.quantize.plan import Plan, is_attention_product, make_plan, nothing
 from planish.passes.quantize.ranges import Grid, find_grids
 from planish.passes.quantize.regions import Between
-from planish.passes.quantize.where import EVERYWHERE, Where
+from planish.passes.quantize.saturation import portability
+from planish.passes.quantize.where import DECOMPOSE, EVERYWHERE, Where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,27 @@ class Quantize(Pass):
     padding_mask: str | None = None
     where: Where = EVERYWHERE
 
+    def __post_init__(self) -> None:
+        if self.activations == "none" and self.mode == "dynamic":
+            raise ValueError("mode=dynamic with activations=none quantizes weights: mode=weight")
+        if (self.block_size > 0) != (self.granularity == "block"):
+            raise ValueError(
+                f"granularity={self.granularity} with block_size={self.block_size}: blocks, and "
+                "nothing else, have a size"
+            )
+        if self.granularity == "block" and self.kind != "weight":
+            raise ValueError("weights in blocks have no integer kernels: use mode=weight")
+        if self.per_token and self.kind != "dynamic":
+            raise ValueError("per_token is for mode=dynamic")
+        if self.saturation == "reduced" and self.weights != "int8":
+            raise ValueError(
+                f"saturation=reduced is for weights=int8: {self.weights} fits as it is"
+            )
+        if self.saturation != "none" and self.kind == "weight":
+            raise ValueError(
+                "only products of integers saturate: saturation is not for mode=weight"
+            )
+
     def needs(self) -> frozenset[Fact]:
         """Calibration, for static ranges."""
         return self.requires if self.kind == "static" else frozenset()
@@ -99,14 +122,13 @@ class Quantize(Pass):
     @property
     def weight_scheme(self) -> QuantScheme:
         """How weights are written; the axis is each weight's own."""
-        signed = not self.weights.startswith("u")
         return QuantScheme(
             dtype=self.weights,
             granularity=self.granularity,
             symmetric=self.symmetric,
             axis=None if self.granularity == "tensor" else 0,
             block_size=self.block_size,
-            narrow=signed and self.symmetric and self.weights == "int8",
+            narrow=self.symmetric and self.weights == "int8",
             bits=7 if self.saturation == "reduced" else None,
         )
 
@@ -119,58 +141,59 @@ class Quantize(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Decide, find the ranges, and write the operands one operator after the other."""
         self.where.check(program)
-        plan = make_plan(program, self.where, self._between, self._declines)
-        grids = self._grids(program, plan, context) if self.kind == "static" else None
         rewriter = Rewriter(program, self.name, context.sites)
-        dynamic = (self.value_scheme.dtype, self.per_token)
+        if self.attention and self.kind != "weight":
+            self._open_attention(program, rewriter)
+        between: Between = self.between if self.kind == "static" else "none"
+        plan = make_plan(program, self.where, between, self._declines, values=self.kind != "weight")
+        if not plan.operators:
+            raise nothing(plan)
         inserter = Inserter(
             rewriter,
             self.weight_scheme,
             search=self.weight_range == "mse",
-            grids=grids,
-            dynamic=dynamic,
+            grids=self._grids(program, plan, context) if self.kind == "static" else None,
+            dynamic=(self.value_scheme.dtype, self.per_token),
         )
         for node, operands in plan.operators.items():
-            operands = self._wanted(operands)
-            if all(is_dequantized(slot.read(node)) for slot in operands.slots):
+            if is_written(node, operands, bias=self.kind == "static"):
                 continue
             with rewriter.site(f"quantize-{operands.kind}", node) as allowed:
                 if allowed:
                     inserter.write(node, operands)
-        if not plan.operators:
-            raise _nothing(plan)
-        for sentence in inserter.remarks:
+        inserter.finish()
+        result = PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(plan.refusals))
+        for sentence in (*inserter.remarks, *portability(result.program)):
             context.remark(sentence)
-        return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(plan.refusals))
+        return result
 
-    @property
-    def _between(self) -> Between:
-        return self.between if self.kind == "static" else "none"
-
-    def _wanted(self, operands: Operands) -> Operands:
-        """The operands that this mode writes."""
-        if self.kind != "weight":
-            return operands
-        return Operands(operands.kind, (), operands.weights, None)
+    def _open_attention(self, program: Program, rewriter: Rewriter) -> None:
+        """Write the chosen attentions as products."""
+        for node in program.operators:
+            if is_attention(node) and self.where.takes(node):
+                with rewriter.site(DECOMPOSE, node) as allowed:
+                    if allowed:
+                        decompose(node, rewriter)
 
     def _declines(self, node: Node, operands: Operands) -> str | None:
         """Why an operator stays in float though it could compute on integers."""
         kind, mode = operands.kind, self.kind
-        if mode == "weight" and not operands.weights:
-            return "it has no weight"
-        if not self.attention and is_attention_product(node, operands):
-            return "products of attention stay in float without attention=true"
-        if kind == "embedding" and not (
-            mode == "weight" if self.embedding is None else self.embedding
-        ):
+        if kind == "attention" or (not self.attention and is_attention_product(node, operands)):
+            return "the products of attention stay in float without attention=true"
+        embedding = mode == "weight" if self.embedding is None else self.embedding
+        if kind == "embedding" and not embedding:
             return "tables of embeddings stay in float without embedding=true"
         if kind == "recurrent" and mode == "static":
             return (
-                "its state gets its range at run time: quantize it with mode=dynamic, and "
+                "its state gets its range at run time: quantize it by mode=dynamic and "
                 "where={include=[aten.lstm.input]}"
             )
+        if is_op(node, aten.gru.input) and mode == "dynamic":
+            return "runtimes have no integer kernel for GRUs: only mode=weight makes them small"
         if kind == "convolution" and mode == "dynamic":
             return "convolutions gain nothing by ranges found at run time: use mode=static"
+        if self.per_token and any(not _has_rows(slot.read(node)) for slot in operands.values):
+            return "the size of its rows is not known, as per_token needs it"
         return None
 
     def _grids(self, program: Program, plan: Plan, context: PassContext) -> dict[str, Grid]:
@@ -186,12 +209,6 @@ class Quantize(Pass):
         )
 
 
-def _nothing(plan: Plan) -> PassError:
-    """The error that nothing was quantized, with what was looked at."""
-    reasons = list(dict.fromkeys(f"{r.node}: {r.reason}" for r in plan.refusals))
-    what = f"nothing was quantized: {len(plan.refusals)} operators refused"
-    if plan.excluded:
-        what += f", {plan.excluded} excluded by `where`"
-    if reasons:
-        what += " (" + "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "") + ")"
-    return PassError(what, hint="look at the refusals; widen `where`, or choose another mode")
+def _has_rows(value: Node) -> bool:
+    """Whether the last axis of an operand has a fixed size."""
+    return isinstance(value.meta["val"].shape[-1], int)

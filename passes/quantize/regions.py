@@ -23,83 +23,12 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.fx import Node
 
-from planish.ir.ops import argument, aten, is_op
+from planish.ir.ops import argument, is_op
 from planish.ir.program import Program
+from planish.passes.quantize.between import CLAMPS, LISTS, MOVERS, OTHERS, obstacle
 from planish.passes.quantize.operands import QUANTIZE, Operands, Slot, source_of
 
 Between = Literal["none", "convolutions", "all"]
-
-CLAMPS = frozenset(
-    {
-        aten.relu.default,
-        aten.relu6.default,
-        aten.hardtanh.default,
-        aten.clamp.default,
-        aten.clamp_min.default,
-        aten.clamp_max.default,
-    }
-)
-
-MOVERS = frozenset(
-    {
-        aten.max_pool1d.default,
-        aten.max_pool2d.default,
-        aten.max_pool3d.default,
-        aten.adaptive_max_pool2d.default,
-        aten.cat.default,
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.expand.default,
-        aten.contiguous.default,
-        aten.clone.default,
-        aten.dropout.default,
-        aten.feature_dropout.default,
-        aten.constant_pad_nd.default,
-        aten.pad.default,
-        aten.upsample_nearest2d.vec,
-        aten.upsample_nearest2d.default,
-        aten.pixel_shuffle.default,
-        aten.channel_shuffle.default,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        operator.getitem,
-    }
-)
-
-OTHERS = frozenset(
-    {
-        aten.add.Tensor,
-        aten.sub.Tensor,
-        aten.mul.Tensor,
-        aten.avg_pool1d.default,
-        aten.avg_pool2d.default,
-        aten.avg_pool3d.default,
-        aten.adaptive_avg_pool1d.default,
-        aten.adaptive_avg_pool2d.default,
-        aten.mean.dim,
-        aten.sigmoid.default,
-        aten.hardsigmoid.default,
-        aten.hardswish.default,
-        aten.silu.default,
-        aten.tanh.default,
-        aten.leaky_relu.default,
-        aten.upsample_bilinear2d.vec,
-    }
-)
-
-_LISTS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
 
 
 @dataclass
@@ -166,26 +95,7 @@ def _operands(node: Node, inside: set[Node]) -> tuple[Node, ...] | str | None:
         return None
     if any(v not in inside for v in tensors):
         return "it also reads a value that is not written in integers"
-    return _plainness(node) or tuple(tensors)
-
-
-def _plainness(node: Node) -> str | None:
-    """Say what an integer kernel cannot do about a call."""
-    if is_op(node, aten.add.Tensor, aten.sub.Tensor) and argument(node, "alpha") != 1:
-        return "its alpha is not 1"
-    if is_op(node, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor) and not isinstance(
-        argument(node, "other"), Node
-    ):
-        return "one of its operands is a plain number"
-    if is_op(node, aten.constant_pad_nd.default) and argument(node, "value") != 0:
-        return "it pads with something else than 0"
-    if is_op(node, aten.pad.default) and (
-        argument(node, "mode") == "constant" and argument(node, "value")
-    ):
-        return "it pads with something else than 0"
-    if is_op(node, aten.mean.dim) and argument(node, "dtype") is not None:
-        return "it computes in another dtype"
-    return None
+    return obstacle(node) or tuple(tensors)
 
 
 def _is_number(value: Node) -> bool:
@@ -243,7 +153,7 @@ def _add(
         region.agree.append((_list_source(node), node))
         return
     region.operators[node] = Operands("between", _slots(node))
-    if (node.target in MOVERS and node.target not in _LISTS) or (node.target in CLAMPS and moved):
+    if (node.target in MOVERS and node.target not in LISTS) or (node.target in CLAMPS and moved):
         region.agree.extend((tensor, node) for tensor in tensors)
 
 

@@ -8,7 +8,8 @@ Shapes:       W: any; s: [C] per channel, [] per tensor, the rank of W in blocks
 Requires:     finite values; the integers of a bias fit into 32 bits.
 Failures:     a channel whose weights are all zero has no range of its own. It takes the largest
               scale of the others: any scale writes its weights, but its bias would come out coarse
-              with a scale of 1.
+              with a scale of 1. Where a bias is too large beside its weights for 32 bits, the
+              scales of these are raised.
 Source:       Jacob et al., "Quantization and Training of Neural Networks for Efficient
               Integer-Arithmetic-Only Inference", CVPR 2018, section 2.4 (biases).
 """
@@ -21,11 +22,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from planish.ir.quantscheme import SMALLEST_SCALE, QuantScheme, spread
+from planish.ir.quantscheme import SMALLEST_SCALE, QuantScheme
 
 INT32 = 2**31 - 1
-# Largest weights are cut by at most this much where clipping is searched.
-_SHRINK = tuple(1 - step / 40 for step in range(25))
+_ALL_DEAD = 2.0**-20  # of weights that are all zero: then only the bias is left to be resolved
+# What is left of the largest weights where clipping is searched.
+_SHRINK = tuple(1 - step / 40 for step in range(13))
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,14 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme, *, search: bool = False
 
 
 def _fill_dead(weight: Tensor, scheme: QuantScheme, scale: Tensor) -> Tensor:
-    """Give channels that are all zero the largest scale of the others."""
+    """Give channels that are all zero the largest scale of the others, or a fine one."""
     if scheme.granularity != "channel":
         return scale
     assert scheme.axis is not None
     dead = weight.movedim(scheme.axis, 0).flatten(1).abs().amax(1) < SMALLEST_SCALE
-    if not dead.any() or dead.all():
+    if not dead.any():
         return scale
-    return torch.where(dead, scale[~dead].max(), scale)
+    return torch.where(dead, _ALL_DEAD if dead.all() else scale[~dead].max(), scale)
 
 
 def _searched(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -132,6 +134,8 @@ def weight_scheme(
     if scheme.granularity == "block":
         if inner is None:
             return replace(scheme, granularity="tensor", axis=None, block_size=0)
+        if shape[inner] == 1:  # depthwise: a block would be one element
+            return replace(scheme, granularity="channel", axis=axis, block_size=0)
         return replace(scheme, axis=inner, block_size=min(scheme.block_size, shape[inner]))
     return scheme
 
@@ -175,17 +179,13 @@ def room_for_bias(codes: Codes, bias: Tensor, x_scale: Tensor) -> Tensor:
     needed = bias.double().abs() / (x_scale.double() * 2.0**30)
     if codes.scheme.granularity == "tensor":
         needed = needed.max()
-    return torch.maximum(codes.scale.double(), needed).to(torch.float32)
+    return torch.maximum(codes.scale, needed.to(torch.float32))
 
 
 def rescaled(weight: Tensor, codes: Codes, scale: Tensor) -> Codes:
     """The weight written again by larger scales, which lowers what its integers resolve."""
-    return Codes(
-        codes.scheme.quantize(weight, scale, codes.zero_point),
-        scale,
-        codes.zero_point,
-        codes.scheme,
-    )
+    written = codes.scheme.quantize(weight, scale, codes.zero_point)
+    return Codes(written, scale, codes.zero_point, codes.scheme)
 
 
 def decibels(reference: Tensor, other: Tensor) -> float:
@@ -195,9 +195,3 @@ def decibels(reference: Tensor, other: Tensor) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
-
-
-def per_channel_view(scale: Tensor, x: Tensor, scheme: QuantScheme) -> Tensor:
-    """The scale in a shape that broadcasts to the constant."""
-    axis, block = scheme.layout(x)
-    return spread(scale, x, axis, block)

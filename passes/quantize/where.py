@@ -9,9 +9,12 @@ from fnmatch import fnmatchcase
 from torch.fx import Node
 
 from planish.ir.errors import PassError
-from planish.ir.ops import op_name
+from planish.ir.ops import aten, op_name
 from planish.ir.program import Program
 from planish.passes.spec import suggestion
+
+ATTENTION = aten.scaled_dot_product_attention.default
+DECOMPOSE = "decompose-attention"  # the rule that writes attention as products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +68,14 @@ EVERYWHERE = Where()
 
 
 def names_of(node: Node) -> tuple[str, ...]:
-    """All names of an operator: its own, its operator's, and the paths of its modules."""
+    """All names of an operator: its own, its operator's, and the paths of its modules.
+
+    A product that stands for an attention also has the names of that.
+    """
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return (node.name, op_name(node.target), *dict.fromkeys(p for p in paths if p))
+    names = (node.name, op_name(node.target), *dict.fromkeys(p for p in paths if p))
+    _, rule, sources = node.meta.get("from", ("", "", ()))
+    return (*names, op_name(ATTENTION), *sources) if rule == DECOMPOSE else names
 
 
 def _any(patterns: Iterable[str], names: Iterable[str]) -> bool:
