@@ -43,8 +43,10 @@ REGISTRY: Mapping[str, str] = {
     "fold-scalar": "planish.passes.fold.fold_scalar:FoldScalar",
     "merge-linears": "planish.passes.fold.merge_linears:MergeLinears",
     "fuse-parallel-linears": "planish.passes.fuse.parallel_linears:FuseParallelLinears",
+    "cast-half": "planish.passes.precision.cast_half:CastHalf",
     "quantize": "planish.passes.quantize.quantize:Quantize",
     "keep-float": "planish.passes.quantize.keep_float:KeepFloat",
+    "smooth-quant": "planish.passes.equalize.smooth_quant:SmoothQuant",
 }
 
 
