@@ -298,7 +298,7 @@ def _pool_spatial(node: Node) -> int:
     return int(str(node.target._schema.name)[-2])  # type: ignore[union-attr]
 
 
-def _pool_facts(node: Node, spatial: int) -> dict[str, Any]:
+def pool_facts(node: Node, spatial: int) -> dict[str, Any]:
     kernel = _per_axis(argument(node, "kernel_size"), spatial)
     stride = argument(node, "stride")
     return {
@@ -312,7 +312,7 @@ def _pool_facts(node: Node, spatial: int) -> dict[str, Any]:
 def _max_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     spatial = _pool_spatial(node)
     x, added = _with_batch(e, node, spatial)
-    facts = _pool_facts(node, spatial)
+    facts = pool_facts(node, spatial)
     result = e.op("MaxPool", x, dilations=_per_axis(argument(node, "dilation"), spatial), **facts)
     return _without_batch(node, result, added)
 
@@ -322,7 +322,7 @@ def _avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
     if "divisor_override" in names and argument(node, "divisor_override") is not None:
         return None
-    facts = _pool_facts(node, spatial)
+    facts = pool_facts(node, spatial)
     include = bool(argument(node, "count_include_pad")) and any(facts["pads"])
     if facts["ceil_mode"] and e.opset < 19:
         # Before opset 19 runtimes disagree on the divisor of windows that hang over the edge.

@@ -22,7 +22,9 @@ from planish.backends.onnx_recurrent import RECURRENT
 from planish.backends.onnx_reduce import REDUCTIONS
 from planish.backends.onnx_rotary import ROTARY
 from planish.backends.onnx_shapes import SHAPES
-from planish.backends.onnx_view import Style, Translator
+from planish.backends.onnx_view import Style, Table, Translator
+from planish.backends.ort_codes import ORT_CODES
+from planish.backends.ort_weights import ORT_WEIGHTS
 from planish.ir.program import Program
 
 TABLE: dict[Any, Translator] = {
@@ -38,6 +40,13 @@ TABLE: dict[Any, Translator] = {
     **BRANCHES,
     **BAGS,
     **QUANTIZING,
+}
+
+# Whose integer kernels -> what looks back from an operator and makes one kernel of several
+# operators; tried in this order before the table, None where it declines.
+INTEGER_KERNELS: dict[str, tuple[Table, ...]] = {
+    "standard": (),
+    "onnxruntime": (ORT_CODES, ORT_WEIGHTS),
 }
 
 _EAGER_NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
@@ -111,7 +120,9 @@ def emit_operator(e: Emitter, node: Node) -> None:
             e.view(node)
         return  # computed when somebody asks, mostly from its expression
     translator = TABLE.get(node.target)
-    result = translator(e, node) if translator is not None else None
+    result = _on_integers(e, node)
+    if result is None:
+        result = translator(e, node) if translator is not None else None
     if result is None:
         from planish.backends.onnx_fallback import in_library, translate_with_library
 
@@ -119,6 +130,15 @@ def emit_operator(e: Emitter, node: Node) -> None:
             raise _UntranslatableError(node)
         result = translate_with_library(e, node)
     e.hold(node, result)
+
+
+def _on_integers(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+    for table in INTEGER_KERNELS[e.style.integers]:
+        translator = table.get(node.target)
+        result = translator(e, node) if translator is not None else None
+        if result is not None:
+            return result
+    return None
 
 
 def _ready(program: Program, opset: int) -> Program:

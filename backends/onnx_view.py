@@ -63,6 +63,12 @@ class Style:
         linear: "gemm" or "matmul".
         rms_norm: "operator" (ONNX RMSNormalization, opset 23) or "primitives".
         rotary: "operator" (ONNX RotaryEmbedding, opset 23) or "primitives".
+        integers: whose integer kernels are written out: "onnxruntime", or "standard" for
+            QuantizeLinear and DequantizeLinear around operators on real numbers.
+        stem: a convolution of few channels: "plain", or "merged" for neighboring pixels taken as
+            channels of one, see ``ort_stem``.
+        weights: how ONNX Runtime multiplies float values by weights in blocks: "branch" or
+            "integers"; see ``ort_weights``.
     """
 
     attention: str = "matmul"
@@ -70,6 +76,9 @@ class Style:
     linear: str = "gemm"
     rms_norm: str = "primitives"
     rotary: str = "primitives"
+    weights: str = "branch"
+    integers: str = "standard"
+    stem: str = "plain"
 
 
 def dtype_of(value: Any) -> torch.dtype:  # noqa: ANN401

@@ -93,7 +93,7 @@ def choose(program: Program, opset: int, options: ExportOptions) -> tuple[Style,
         else:
             taken[choice.name] = _measured(choice, options)
     fields = {name.replace("-", "_"): value for name, value in taken.items()}
-    return Style(**fields), taken
+    return Style(**fields, integers="onnxruntime"), taken
 
 
 def _measured(choice: Choice, options: ExportOptions) -> str:
