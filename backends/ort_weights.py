@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planish.backends.onnx_dims import Dim, dims_of
+from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_quantize import Dequantized, dequantized
 from planish.backends.onnx_view import Table, View, dtype_of
@@ -186,14 +186,16 @@ def _packed_product(
     if bias is not None:
         given += [None] * (5 - len(given)) + [e.value(bias)]
     dims = (view.base_dims[0], out[-1])
-    result = _product(e, stored.packed, given, view.base_dims[0])
+    result = _product(e, stored.packed, given, dims, node.meta["val"])
     e.describe(result, node.meta["val"], dims)
     return View(result, dims, out)
 
 
-def _product(e: Emitter, packed: Packed, given: list[ir.Value | None], rows: Dim) -> ir.Value:
-    """The product, in the form that is fastest for the number of rows."""
-    outputs = packed.codes.shape[0]
+def _product(
+    e: Emitter, packed: Packed, given: list[ir.Value | None], dims: Dims, like: Tensor
+) -> ir.Value:
+    """The product ``[rows, out]``, in the form that is fastest for the number of rows."""
+    rows, outputs = dims
 
     def nbits(level: int) -> ir.Value:
         return e.op(
@@ -215,7 +217,7 @@ def _product(e: Emitter, packed: Packed, given: list[ir.Value | None], rows: Dim
     for level in (INTEGER_ROWS, FLOAT_ROWS):
         with e.scope() as nodes:
             value = nbits(level)
-        e.describe(value, torch.float32, ())
+        e.describe(value, like, dims)
         bodies.append(ir.Graph((), [value], nodes=nodes, name=e.unique("rows")))
     return e.op("If", few, then_branch=bodies[0], else_branch=bodies[1])
 
