@@ -56,6 +56,7 @@ class OnnxBackend(Backend):
         self, program: Program, path: str | Path, options: ExportOptions | None = None
     ) -> Artifact:
         """Emit, write aside, run and compare, move into place."""
+        from planish.backends.onnx_bfloat16 import in_float32
         from planish.backends.onnx_build import build, count_operators
         from planish.backends.onnx_translate import emit
         from planish.backends.stepwise import Emission
@@ -68,7 +69,7 @@ class OnnxBackend(Backend):
             style, choices = self.style(program, opset, options)
             metadata = options.metadata  # told of the choices before anything can fail by them
             facts = metadata(choices) if callable(metadata) else metadata
-            emitter = emit(program, opset, style)
+            emitter = emit(in_float32(program, options.remark), opset, style)
             model, initializers, outputs = build(emitter, facts)
             files = write_model(
                 model, initializers, aside, external_data_bytes=options.external_data_bytes
