@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from planish.ir.quantscheme import QuantScheme
 from planish.passes.observe.histogram import Histogram
 
-CANDIDATES = 128
+CANDIDATES = 256
 # Mass given to a bin that P holds and Q does not, so that the divergence stays finite.
 EPSILON = 1e-4
 
@@ -52,29 +52,40 @@ def entropy(histogram: Histogram, scheme: QuantScheme) -> tuple[float, float]:
     return max(low, min(histogram.low, 0.0)), min(float(edges[above]), max(histogram.high, 0.0))
 
 
-def divergence(counts: Counts, end: int, levels: int) -> float:
-    """KL(P || Q) of keeping the first bins.
+def divergence(counts: Counts, ends: NDArray[np.int64], levels: int) -> NDArray[np.float64]:
+    """KL(P || Q) of keeping the first bins, for several numbers of bins.
+
+    Q is the same in all bins of an integer that hold anything, so that sums up to each bin are all
+    it takes: the cost is that of the integers, not of the bins.
 
     Args:
         counts: of all bins.
-        end: how many bins are kept; what the others hold moves into the last kept one.
-        levels: how many integers the kept bins are merged to.
+        ends: how many bins are kept; what the others hold moves into the last kept one.
+        levels: how many integers the kept bins are merged to, at most as many as are kept.
+
+    Returns:
+        One per end; inf where the kept bins hold nothing.
     """
-    kept = counts[:end]
-    p = kept.copy()
-    p[-1] += counts[end:].sum()
-    starts = np.arange(levels) * end // levels
-    holds = kept > 0
-    sums = np.add.reduceat(kept, starts)
-    held = np.add.reduceat(holds.astype(np.float64), starts)
-    spread = np.repeat(sums / np.maximum(held, 1), np.diff(np.append(starts, end)))
-    q = np.where(holds, spread, 0.0)
-    if not q.any() or not p.any():
-        return float("inf")
-    p, q = p / p.sum(), q / q.sum()
-    there = p > 0
-    p, q = p[there], np.maximum(q[there], EPSILON / end)
-    return float((p * np.log(p / q)).sum())
+    below, holding, own = (
+        np.concatenate([[0.0], np.cumsum(part)]) for part in (counts, counts > 0, _xlogx(counts))
+    )
+    total, kept = below[-1], below[ends]
+    bounds = np.arange(levels + 1) * ends[:, None] // levels
+    sums, held = np.diff(below[bounds]), np.diff(holding[bounds])
+    floor = EPSILON / ends
+    with np.errstate(divide="ignore", invalid="ignore"):  # where nothing is kept, see below
+        q = np.maximum(sums / np.maximum(held, 1) / kept[:, None], floor[:, None])
+        cross = (sums * np.log(q)).sum(1)
+        # What moves into the last kept bin meets the Q there, which is none if it held nothing.
+        last, outside = counts[ends - 1], total - kept
+        cross += outside * np.log(np.where(last > 0, q[:, -1], floor))
+        entropy_of_p = own[ends - 1] + _xlogx(last + outside)
+        found = (entropy_of_p - cross) / total - np.log(total)
+    return np.asarray(np.where(kept > 0, found, np.inf), dtype=np.float64)
+
+
+def _xlogx(x: Counts) -> Counts:
+    return x * np.log(np.maximum(x, 1.0))  # counts: 0, or at least 1
 
 
 def _search(counts: Counts, levels: int, least: int) -> int:
@@ -82,8 +93,8 @@ def _search(counts: Counts, levels: int, least: int) -> int:
     first = max(levels, least + 1)
     if first >= len(counts):
         return len(counts)
-    ends = np.unique(np.linspace(first, len(counts), CANDIDATES).round().astype(int))
-    found = [divergence(counts, int(end), levels) for end in ends]
+    ends = np.unique(np.linspace(first, len(counts), CANDIDATES).round().astype(np.int64))
+    found = divergence(counts, ends, levels)
     # The widest of equals: nothing is clipped for no gain.
     best = len(found) - 1 - int(np.argmin(found[::-1]))
     return int(ends[best])

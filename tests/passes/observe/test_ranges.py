@@ -183,14 +183,15 @@ def test_divergence_is_that_of_the_definition(
     end = data.draw(st.integers(levels, len(counts)))
     if not sum(counts[:end]):
         counts[0] = 1
-    found = divergence(np.array(counts, dtype=np.float64), end, levels)
+    (found,) = divergence(np.array(counts, dtype=np.float64), np.array([end]), levels)
     assert found == pytest.approx(naive_divergence([float(c) for c in counts], end, levels))
 
 
 def test_integers_that_fit_diverge_in_nothing() -> None:
     counts = np.array([3.0, 1, 4, 1, 5, 9, 2, 6])
-    assert divergence(counts, 8, 8) == pytest.approx(0.0)
-    assert divergence(counts, 8, 4) > 0
+    assert divergence(counts, np.array([8]), 8)[0] == pytest.approx(0.0)
+    assert divergence(counts, np.array([8]), 4)[0] > 0
+    assert divergence(np.array([0.0, 0, 3]), np.array([2]), 2)[0] == np.inf
 
 
 def test_entropy_keeps_a_uniform_and_clips_a_long_tail() -> None:
