@@ -7,7 +7,7 @@ faster than the recipe's own passes, which keep the model in floating point? It 
    alternative runs, is exported for the target, and has to keep its own bound (``keep-float``) on
    inputs that nothing was calibrated with; what fails is out, with the reason.
 2. The files run in alternation, on one thread, on a calibration input; the ratio of the fastest
-   runs decides. A few seconds altogether.
+   runs decides, and among files as fast as each other the fidelity. A few seconds altogether.
 3. Where the winner is not clearly faster than float, regions of it go back to floating point where
    that is faster: a region is a set of operators that hand each other integers, and regions of the
    same operators and shapes are tried together. First those that the runtime computes in float
@@ -35,7 +35,7 @@ from planish.passes.quantize.islands import alike, islands
 from planish.passes.quantize.keep_float import KeepFloat, kept_in_float
 from planish.passes.quantize.outputs import Judge, Padding, Score
 from planish.passes.quantize.restore import quantized_operators
-from planish.passes.recipe import Recipe
+from planish.passes.recipe import RECIPES, Recipe
 from planish.passes.steps import Run
 from planish.race import Entrant, Race
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 FLOAT = "float"
 CLEAR = 1.15  # a winner faster than float by this is taken as it is
 GAIN = 1.02  # a trial must be faster by this: less is noise
-_TRIALS = 8
+_TRIALS = 10
 _TRIAL_SECONDS = 90.0  # for all of them together
 _RACE_SECONDS, _TRIAL_RACE_SECONDS = 4.0, 1.5
 JUDGED = 16  # held-out batches that decide
@@ -133,13 +133,14 @@ class Fastest:
     # -- entering -----------------------------------------------------------------------------
 
     def _alternatives(self) -> Iterator[tuple[Recipe, str]]:
-        for text in self.recipe.alternatives:
+        for number, text in enumerate(self.recipe.alternatives, 1):
             own = Recipe.parse(text)
             if own.alternatives:
                 raise RecipeError(f"the alternative {text!r} has alternatives itself")
+            name = text.split(",", 1)[0].strip()
             yield (
                 replace(own, target=self.recipe.target, seed=self.recipe.seed),
-                text.split(",", 1)[0],
+                name if name in RECIPES else f"alternative {number}",
             )
 
     def _entered(self, recipe: Recipe, name: str) -> _Candidate | Entrant:
@@ -196,7 +197,9 @@ class Fastest:
         """The one to hand over, and the variations that were tried."""
         if not racing:
             return base, []
-        best = max(racing, key=lambda c: _ratio(c.entrant))
+        fastest = max(_ratio(c.entrant) for c in racing)
+        equal = [c for c in racing if _ratio(c.entrant) * GAIN >= fastest]
+        best = max(equal, key=_sqnr)
         tried: list[Entrant] = []
         if _ratio(best.entrant) < CLEAR:
             mixed = self._mixed(base, best)
@@ -211,21 +214,20 @@ class Fastest:
         if floating is None:
             return None
         program, path = best.run.program, best.artifact.path
-        kept: tuple[str, ...] = ()
+        kept: frozenset[str] = frozenset()
         deadline = time.perf_counter() + _TRIAL_SECONDS
         for names in islice(self._regions(best), _TRIALS):
             if time.perf_counter() > deadline:
                 self.remarks.append("not all regions were tried in floating point: out of time")
                 break
-            trial = kept_in_float(program, floating, (*kept, *names))
+            other = kept - names if names <= kept else kept | names
+            trial = kept_in_float(program, floating, sorted(other))
             artifact = self._exported(trial, verify=False)
             if self._ratio_of(path, artifact.path) >= GAIN:
-                kept, path = (*kept, *names), artifact.path
-        if not kept:
-            return None
-        if len(kept) == len(quantized_operators(program)):
-            return None  # nothing is left of it: that is the float file
+                kept, path = other, artifact.path
         order = [n.name for n in quantized_operators(program) if n.name in kept]
+        if len(order) in (0, len(quantized_operators(program))):
+            return None  # as it was, or nothing is left of it: that is the float file
         recipe = replace(
             best.recipe, passes=(*best.recipe.passes, KeepFloat(operators=tuple(order)))
         )
@@ -237,16 +239,13 @@ class Fastest:
         mixed.entrant = replace(mixed.entrant, speed=speed, kept_float=tuple(order))
         return mixed
 
-    def _regions(self, best: _Candidate) -> list[tuple[str, ...]]:
-        """Regions to try: what runs in float anyway, then the others, the smallest first."""
-        floats = tuple(use.node for use in best.artifact.kernels if use.kernel is None)
-        quantized = {n.name for n in quantized_operators(best.run.program)}
-        first = tuple(name for name in floats if name in quantized)
-        found = islands(best.run.program)
-        if len(found) == 1:  # a network in one piece: taken apart by what its operators are
-            found = alike(best.run.program)
-        rest = [tuple(n for n in names if n not in first) for names in found]
-        return [names for names in (first, *rest) if names]
+    def _regions(self, best: _Candidate) -> list[frozenset[str]]:
+        """What to try: what runs in float anyway, whole regions, then operators of one kind."""
+        program = best.run.program
+        quantized = {n.name for n in quantized_operators(program)}
+        floats = {use.node for use in best.artifact.kernels if use.kernel is None}
+        found = [floats & quantized, *islands(program), *alike(program)]
+        return [names for names in dict.fromkeys(map(frozenset, found)) if names]
 
     def _ratio_of(self, path: Path, other: Path) -> float:
         from planish.backends.ort_race import race
@@ -263,8 +262,7 @@ class Fastest:
             if entrant.name == taken:
                 verdict = "taken"
             elif not verdict and entrant.name != FLOAT:
-                slower = _ratio(entrant) < 1.0
-                verdict = "slower than float" if slower else f"slower than {taken}"
+                verdict = _lost(entrant, winner.entrant)
             told.append(replace(entrant, verdict=verdict))
         if taken == FLOAT:
             self.remarks.append(
@@ -286,6 +284,19 @@ def _ratio(entrant: Entrant) -> float:
     """How much faster than float."""
     assert entrant.speed is not None
     return entrant.speed.ratio
+
+
+def _lost(entrant: Entrant, winner: Entrant) -> str:
+    if _ratio(entrant) < 1.0:
+        return "slower than float"
+    near = _ratio(entrant) * GAIN >= _ratio(winner)
+    return f"as fast as {winner.name}, less exact" if near else f"slower than {winner.name}"
+
+
+def _sqnr(candidate: _Candidate) -> float:
+    score = candidate.entrant.score
+    assert score is not None  # every alternative was judged
+    return score.fidelity.sqnr_db
 
 
 def _result(entrant: Entrant) -> str:

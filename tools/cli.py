@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 # command -> (module:attribute, one-line help shown by `planish --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
     "optimize": ("planish.tools.optimize:optimize", "Optimize a model and write the artifact."),
+    "quantize": (
+        "planish.tools.quantize:quantize",
+        "Quantize a model; say how fast and how right the file is.",
+    ),
     "export": ("planish.tools.export:export", "Export a model to a verified ONNX file."),
     "show": ("planish.tools.show:show", "Print a model as canonical text."),
     "passes": ("planish.tools.passes:passes", "List the passes, or explain one."),

@@ -15,6 +15,7 @@ from planish.ir.errors import UsageError
 if TYPE_CHECKING:
     from planish.optimized import Optimized
     from planish.passes.base import Pass
+    from planish.passes.recipe import Recipe
     from planish.passes.steps import Instrument
     from planish.tools.console import Stages
     from planish.tools.loading import Loaded
@@ -59,7 +60,7 @@ def optimize_loaded(
     loaded: Loaded,
     stages: Stages,
     *,
-    recipe: str | list[Pass],
+    recipe: str | Recipe | list[Pass],
     target: str,
     verify: str = "each",
     seed: int = 0,
@@ -79,7 +80,7 @@ def optimize_loaded(
         if event.kind == "pass":
             stages(f"pass: {event.name}", event.index - 1, event.total)
         elif event.kind == "end":
-            stages("finishing")
+            stages("comparing")
 
     named = dict(extra or {})
     if watching is not None and watching.dump_dir is not None:

@@ -1,0 +1,166 @@
+"""The ``--calibration`` argument: a file or folder of arrays, or a function that gives inputs.
+
+FILE.npz, FILE.safetensors    one array for each input, under its name, samples along the first
+                              axis; arrays without names (``np.savez(path, x, y)``) are taken in
+                              order. Cut into batches.
+DIR                           ``*.npz`` and ``*.safetensors`` files, one batch each, in the order
+                              of their names
+package.module:callable       called without arguments; returns an iterable of inputs
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish.ir.errors import UsageError
+
+_SUFFIXES = (".npz", ".safetensors")
+_POSITIONAL = re.compile(r"arr_(\d+)")
+
+FORMS = (
+    "--calibration FILE.npz (one array for each input, samples along the first axis), a folder "
+    "of *.npz or *.safetensors files with one batch each, or package.module:callable"
+)
+
+
+def load_calibration(
+    spec: str,
+    batch: int,
+    *,
+    whole: bool = False,
+    remark: Callable[[str], None] = lambda sentence: None,
+) -> Iterable[Any]:
+    """Inputs to calibrate with.
+
+    Args:
+        spec: what ``--calibration`` says.
+        batch: samples of one batch, where a file is cut into batches.
+        whole: leave out a last batch that is smaller, for a model whose batch is fixed.
+        remark: told of samples that are left out.
+
+    Raises:
+        UsageError: there is nothing like that, or a file holds something else.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES)
+        if not files:
+            raise UsageError(
+                f"the folder {spec!r} holds no *.npz or *.safetensors files",
+                hint="put one batch into each file: np.savez('000.npz', input_ids=..., ...)",
+            )
+        return _Folder(files)
+    if path.suffix in _SUFFIXES:
+        if not path.is_file():
+            raise UsageError(f"there is no file {spec!r}", hint=f"give {FORMS}")
+        batches, left = _cut(_arrays(path), batch, path, whole=whole)
+        if left:
+            remark(
+                f"the last {left} samples of {path.name} are left out: they fill no batch of "
+                f"{batch}, which the model takes"
+            )
+        return batches
+    if ":" in spec:
+        return _called(spec)
+    raise UsageError(f"{spec!r} is no calibration data", hint=f"give {FORMS}")
+
+
+class First:
+    """An iterable that remembers its first item."""
+
+    def __init__(self, items: Iterable[Any]):
+        self._items = items
+        self.first: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, item in enumerate(self._items):
+            if number == 0:
+                self.first = item
+            yield item
+
+
+class _Folder:
+    """Reads one file for each batch, when it is asked for."""
+
+    def __init__(self, files: list[Path]):
+        self._files = files
+
+    def __iter__(self) -> Iterator[Any]:
+        for path in self._files:
+            yield _inputs(_arrays(path))
+
+
+def _called(spec: str) -> Iterable[Any]:
+    from planish.tools.loading import import_callable
+
+    made = import_callable(spec)()
+    if not isinstance(made, Iterable):
+        raise UsageError(
+            f"{spec}() returned a {type(made).__name__}",
+            hint="return an iterable of inputs: a dict is keyword arguments, a tuple positional",
+        )
+    return made
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    """All arrays of a file.
+
+    Raises:
+        UsageError: it is damaged, holds Python objects, or no array.
+    """
+    import numpy as np
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            with np.load(path, allow_pickle=False) as loaded:
+                found = {name: torch.from_numpy(loaded[name]) for name in loaded.files}
+    except Exception as error:  # zipfile, numpy and safetensors each raise their own
+        raise UsageError(
+            f"{str(path)!r} cannot be read: {error}",
+            hint="write it with np.savez(path, name_of_input=array, ...); no Python objects",
+        ) from error
+    if not found:
+        raise UsageError(f"{str(path)!r} holds no array")
+    return found
+
+
+def _inputs(arrays: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - keyword or positional inputs
+    """Arrays as one call's inputs: by name, or in order where they have none."""
+    places = [_POSITIONAL.fullmatch(name) for name in arrays]
+    if all(places):
+        order = sorted(arrays, key=lambda name: int(name.removeprefix("arr_")))
+        return tuple(arrays[name] for name in order)
+    return dict(arrays)
+
+
+def _cut(
+    arrays: Mapping[str, Tensor], batch: int, path: Path, *, whole: bool
+) -> tuple[list[Any], int]:
+    """Batches of a file's samples, and how many samples are left out.
+
+    Raises:
+        UsageError: the arrays do not hold the same number of samples.
+    """
+    counts = {name: (value.shape[0] if value.dim() else 0) for name, value in arrays.items()}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        shown = ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items())
+        raise UsageError(
+            f"the arrays of {str(path)!r} hold different numbers of samples: {shown}",
+            hint="the first axis of every array counts samples; labels do not belong into it",
+        )
+    total = next(iter(counts.values()))
+    left = total % batch if whole and total >= batch else 0
+    return [
+        _inputs({name: value[start : start + batch] for name, value in arrays.items()})
+        for start in range(0, total - left, batch)
+    ], left
