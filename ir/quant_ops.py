@@ -194,8 +194,9 @@ def fake_quantize(
     low, high, _ = INTEGERS[dtype]
     s = spread(scale, x, axis, block_size)
     zero = spread(zero_point, x, axis, block_size).to(x.dtype)
-    real = x / s + zero
-    codes = (real.round().detach() - real.detach() + real).clamp(low, high)
+    real = x / s
+    # Rounded before the zero point is added: an odd one would send ties the other way.
+    codes = (real.round().detach() - real.detach() + real + zero).clamp(low, high)
     return (codes - zero) * s
 
 
