@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from planish.backends.onnx_bins import average_bins
+from planish.backends.onnx_conv import per_axis, with_batch, without_batch
 from planish.backends.onnx_dims import dim_of, dims_of, product
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_pointwise import on_base
@@ -106,69 +107,6 @@ def _baddbmm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if beta != 1:
         addend = e.op("Mul", addend, e.constant(beta, dtype))
     return e.op("Add", result, addend)
-
-
-# -- convolutions -----------------------------------------------------------------------------
-
-
-def _per_axis(value: Any, count: int) -> list[int]:  # noqa: ANN401
-    values = [value] if isinstance(value, int) else list(value)
-    return values * count if len(values) == 1 else values
-
-
-def _with_batch(e: Emitter, node: Node, spatial: int) -> tuple[ir.Value, bool]:
-    """The operand with a batch axis: torch takes images without one."""
-    source = _node(node.args[0])
-    if _rank(source) == spatial + 2:
-        return e.value(source), False
-    dims = dims_of(source.meta["val"])
-    return e.materialize(View(e.value(source), dims, (1, *dims))), True
-
-
-def _without_batch(node: Node, value: ir.Value, added: bool) -> ir.Value | View:
-    if not added:
-        return value
-    dims = dims_of(node.meta["val"])
-    return View(value, (1, *dims), dims)
-
-
-def _conv(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    weight, bias = _node(node.args[1]), argument(node, "bias")
-    spatial = _rank(weight) - 2
-    padding = argument(node, "padding")
-    dilation = _per_axis(argument(node, "dilation"), spatial)
-    sizes = [dim_of(s) for s in weight.meta["val"].shape[2:]]
-    if not all(isinstance(s, int) for s in sizes):
-        return None
-    if padding == "same":
-        # torch puts the odd element after.
-        totals = [d * (int(k) - 1) for d, k in zip(dilation, sizes, strict=True)]
-        pads = [t // 2 for t in totals] + [t - t // 2 for t in totals]
-    else:
-        pads = _per_axis(0 if padding == "valid" else padding, spatial) * 2
-    x, added = _with_batch(e, node, spatial)
-    result = e.op(
-        "Conv", x, e.value(weight), e.value(bias) if bias is not None else None,
-        kernel_shape=sizes, strides=_per_axis(argument(node, "stride"), spatial), pads=pads,
-        dilations=dilation, group=int(argument(node, "groups")),
-    )  # fmt: skip
-    return _without_batch(node, result, added)
-
-
-def _conv_transpose(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    weight, bias = _node(node.args[1]), argument(node, "bias")
-    spatial = _rank(weight) - 2
-    x, added = _with_batch(e, node, spatial)
-    result = e.op(
-        "ConvTranspose", x, e.value(weight), e.value(bias) if bias is not None else None,
-        kernel_shape=[int(s) for s in weight.meta["val"].shape[2:]],
-        strides=_per_axis(argument(node, "stride"), spatial),
-        pads=_per_axis(argument(node, "padding"), spatial) * 2,
-        output_padding=_per_axis(argument(node, "output_padding"), spatial),
-        dilations=_per_axis(argument(node, "dilation"), spatial),
-        group=int(argument(node, "groups")),
-    )  # fmt: skip
-    return _without_batch(node, result, added)
 
 
 # -- norms ------------------------------------------------------------------------------------
@@ -299,22 +237,23 @@ def _pool_spatial(node: Node) -> int:
 
 
 def pool_facts(node: Node, spatial: int) -> dict[str, Any]:
-    kernel = _per_axis(argument(node, "kernel_size"), spatial)
+    """The attributes that ONNX's pools share."""
+    kernel = per_axis(argument(node, "kernel_size"), spatial)
     stride = argument(node, "stride")
     return {
         "kernel_shape": kernel,
-        "strides": _per_axis(stride, spatial) if stride else kernel,
-        "pads": _per_axis(argument(node, "padding"), spatial) * 2,
+        "strides": per_axis(stride, spatial) if stride else kernel,
+        "pads": per_axis(argument(node, "padding"), spatial) * 2,
         "ceil_mode": int(argument(node, "ceil_mode")),
     }
 
 
 def _max_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     spatial = _pool_spatial(node)
-    x, added = _with_batch(e, node, spatial)
+    x, added = with_batch(e, node, spatial)
     facts = pool_facts(node, spatial)
-    result = e.op("MaxPool", x, dilations=_per_axis(argument(node, "dilation"), spatial), **facts)
-    return _without_batch(node, result, added)
+    result = e.op("MaxPool", x, dilations=per_axis(argument(node, "dilation"), spatial), **facts)
+    return without_batch(node, result, added)
 
 
 def _avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
@@ -327,9 +266,9 @@ def _avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if facts["ceil_mode"] and e.opset < 19:
         # Before opset 19 runtimes disagree on the divisor of windows that hang over the edge.
         return None
-    x, added = _with_batch(e, node, spatial)
+    x, added = with_batch(e, node, spatial)
     result = e.op("AveragePool", x, count_include_pad=int(include), **facts)
-    return _without_batch(node, result, added)
+    return without_batch(node, result, added)
 
 
 def _adaptive_avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
@@ -351,9 +290,9 @@ def _adaptive_avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if not all(isinstance(s, int) and isinstance(g, int) and s % g == 0 for s, g in pairs):
         return average_bins(e, node, e.value(source), pairs, dtype_of(node.meta["val"]))
     kernel = [int(s) // int(g) for s, g in pairs]
-    x, added = _with_batch(e, node, spatial)
+    x, added = with_batch(e, node, spatial)
     result = e.op("AveragePool", x, kernel_shape=kernel, strides=kernel)
-    return _without_batch(node, result, added)
+    return without_batch(node, result, added)
 
 
 # -- embeddings -------------------------------------------------------------------------------
@@ -371,16 +310,6 @@ LAYERS: Table = {
     aten.mm.default: _matmul,
     aten.bmm.default: _matmul,
     aten.baddbmm.default: _baddbmm,
-    **dict.fromkeys(
-        (
-            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-        ),
-        _conv,
-    ),
-    aten.conv_transpose1d.default: _conv_transpose,
-    aten.conv_transpose2d.input: _conv_transpose,
-    aten.conv_transpose3d.input: _conv_transpose,
     aten.batch_norm.default: _batch_norm,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,

@@ -12,6 +12,7 @@ from planish.backends.onnx_activations import ACTIVATIONS
 from planish.backends.onnx_attention import ATTENTION
 from planish.backends.onnx_bags import BAGS
 from planish.backends.onnx_branch import BRANCHES
+from planish.backends.onnx_conv import CONVOLUTIONS
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_index import INDEXING
 from planish.backends.onnx_layers import LAYERS
@@ -24,6 +25,7 @@ from planish.backends.onnx_rotary import ROTARY
 from planish.backends.onnx_shapes import SHAPES
 from planish.backends.onnx_view import Style, Table, Translator
 from planish.backends.ort_codes import ORT_CODES
+from planish.backends.ort_matmul import ORT_MATMUL
 from planish.backends.ort_weights import ORT_WEIGHTS
 from planish.ir.program import Program
 
@@ -34,6 +36,7 @@ TABLE: dict[Any, Translator] = {
     **REDUCTIONS,
     **INDEXING,
     **LAYERS,
+    **CONVOLUTIONS,
     **RECURRENT,
     **ATTENTION,
     **ROTARY,
@@ -46,7 +49,7 @@ TABLE: dict[Any, Translator] = {
 # operators; tried in this order before the table, None where it declines.
 INTEGER_KERNELS: dict[str, tuple[Table, ...]] = {
     "standard": (),
-    "onnxruntime": (ORT_CODES, ORT_WEIGHTS),
+    "onnxruntime": (ORT_CODES, ORT_MATMUL, ORT_WEIGHTS),
 }
 
 _EAGER_NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)

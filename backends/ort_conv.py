@@ -22,8 +22,8 @@ from torch.fx import Node
 
 from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_padding import image_padding
 from planish.backends.onnx_quantize import Dequantized, dequantized, stored
-from planish.backends.onnx_shapes import padding_pairs
 from planish.backends.onnx_view import View
 from planish.backends.ort_codes import (
     MICROSOFT,
@@ -39,7 +39,7 @@ from planish.backends.ort_codes import (
     seen_first,
 )
 from planish.backends.ort_stem import merge_filter, merged_image, pixels_to_merge
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -264,13 +264,10 @@ def _without_padding(
     """What the input's codes were padded from, and a geometry that pads instead."""
     quantize = x.args[0]
     padded = quantize.args[0] if isinstance(quantize, Node) and quantize.args else None
-    if not is_op(padded, *_PADS):
+    pairs = image_padding(padded)
+    if pairs is None or not isinstance(quantize, Node):
         return given, geometry
-    assert isinstance(padded, Node)
-    assert isinstance(quantize, Node)
-    pairs, source = zero_padding(padded), padded.args[0]
-    if pairs is None or any(pairs[0]) or any(pairs[1]):
-        return given, geometry
+    source = padded.args[0]  # type: ignore[union-attr]
     assert isinstance(source, Node)
     grid = grid_of(e, quantize)
     if grid is None or not grid.same(given.grid):
@@ -278,7 +275,7 @@ def _without_padding(
     view = make_codes(e, source, grid) or _quantized(e, source, grid)
     joined = tuple(
         (a + before, b + after)
-        for (a, b), (before, after) in zip(pairs[2:], geometry.pads, strict=True)
+        for (a, b), (before, after) in zip(pairs, geometry.pads, strict=True)
     )
     moved = Geometry(geometry.strides, joined, geometry.dilations, geometry.groups)
     return Codes(view, grid), moved
@@ -292,22 +289,6 @@ def _quantized(e: Emitter, source: Node, grid: Grid) -> View:
         return e.op("QuantizeLinear", view.base, *parameters(e, grid))
 
     return view.with_base(e.cached(("quantized", view.base, grid), make))
-
-
-_PADS = (aten.pad.default, aten.constant_pad_nd.default)
-
-
-def zero_padding(node: Node) -> list[tuple[int, int]] | None:
-    """How much an operator pads with zeros, for each axis; None for any other padding."""
-    if is_op(node, aten.pad.default) and argument(node, "mode") != "constant":
-        return None
-    pairs = padding_pairs(node)
-    if argument(node, "value") not in (None, 0):
-        return None
-    sizes = [size for pair in pairs for size in pair]
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
-        return None
-    return [(int(before), int(after)) for before, after in pairs]
 
 
 CONVOLUTIONS: dict[Any, CodeMaker] = dict.fromkeys(

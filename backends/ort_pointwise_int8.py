@@ -14,6 +14,7 @@ from torch.fx import Node
 from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_layers import pool_facts
+from planish.backends.onnx_padding import zero_padding
 from planish.backends.onnx_view import View
 from planish.backends.ort_codes import (
     MICROSOFT,
@@ -28,7 +29,6 @@ from planish.backends.ort_codes import (
     seen_first,
     to_last,
 )
-from planish.backends.ort_conv import zero_padding
 from planish.ir.ops import argument, is_op
 from planish.ir.quantscheme import INTEGERS
 
