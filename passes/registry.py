@@ -47,6 +47,7 @@ REGISTRY: Mapping[str, str] = {
     "quantize": "planish.passes.quantize.quantize:Quantize",
     "keep-float": "planish.passes.quantize.keep_float:KeepFloat",
     "smooth-quant": "planish.passes.equalize.smooth_quant:SmoothQuant",
+    "correct-bias": "planish.passes.rounding.correct_bias:CorrectBias",
 }
 
 
