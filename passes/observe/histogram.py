@@ -155,7 +155,7 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         exponent = _exponent(min(self.low, 0.0), max(self.high, 0.0), self.bins)
         if exponent > self.exponent:
-            self.counts = _coarser(self.counts, exponent - self.exponent)
+            self.counts.copy_(_coarser(self.counts, exponent - self.exponent))
             self.exponent = exponent
 
 

@@ -52,7 +52,7 @@ class Layout:
         if axis == self.sample_axis:
             return None
         moved = axis + 1 if axis < self.sample_axis else axis
-        return moved + (self.inner != 1)
+        return moved + 1 if self.inner != 1 else moved
 
     def pieces(self, x: Tensor, mask: Tensor | None, samples: int) -> Iterator[Tensor]:
         """Parts of a value, each [n, ...] of n whole samples, without padding.

@@ -15,13 +15,14 @@ from planish.ir.ops import argument, is_op
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[Any, int] = {
     aten.conv1d.default: 1,
     aten.conv2d.default: 2,
     aten.conv1d.padding: 1,
     aten.conv2d.padding: 2,
 }
-_PRODUCTS = {
+# Operator -> its operand and its matrix.
+_PRODUCTS: dict[Any, tuple[str, str]] = {
     aten.linear.default: ("input", "weight"),
     aten.addmm.default: ("mat1", "mat2"),
     aten.mm.default: ("self", "mat2"),

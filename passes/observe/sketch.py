@@ -13,7 +13,8 @@ from planish.passes.observe.histogram import Histogram, Workspace
 # Rows shorter than this are taken together as one token: rows of a small picture are no tokens.
 TOKEN_ELEMENTS = 32
 TOKEN_BINS = 1024
-_PENDING = 1 << 14
+# Extremes wait until there are as many as are worth an update.
+_WAITING = 1 << 12
 
 
 class Sketch:
@@ -37,7 +38,8 @@ class Sketch:
         self.samples = 0
         self._low_sum = 0.0
         self._high_sum = 0.0
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        # Made once: small tensors that outlive a batch keep the heap from shrinking after it.
+        self._waiting = torch.empty(2, _WAITING)
         self._held = 0
 
     @property
@@ -70,21 +72,29 @@ class Sketch:
         self.samples += len(piece)
         self._low_sum += sample_low.sum(dtype=torch.float64).item()
         self._high_sum += sample_high.sum(dtype=torch.float64).item()
-        self._pending.append((lows.flatten(), highs.flatten()))
-        self._held += lows.numel()
-        if self._held >= _PENDING:
-            self.flush(workspace)
+        self._keep(lows.flatten(), highs.flatten(), workspace)
         return True
 
     def flush(self, workspace: Workspace) -> None:
         """Move what waits into the histograms of tokens; to be called after the last piece."""
-        if not self._pending:
+        if self._held:
+            self._count(*self._waiting[:, : self._held], workspace)
+            self._held = 0
+
+    def _keep(self, lows: Tensor, highs: Tensor, workspace: Workspace) -> None:
+        if self._held + len(lows) > _WAITING:
+            self.flush(workspace)
+        if len(lows) > _WAITING:
+            self._count(lows, highs, workspace)
             return
-        lows, highs = (torch.cat(part) for part in zip(*self._pending, strict=True))
+        end = self._held + len(lows)
+        self._waiting[0, self._held : end] = lows
+        self._waiting[1, self._held : end] = highs
+        self._held = end
+
+    def _count(self, lows: Tensor, highs: Tensor, workspace: Workspace) -> None:
         for histogram, values in ((self.minima, lows), (self.maxima, highs)):
             histogram.add(values, workspace, (values.min().item(), values.max().item()))
-        self._pending.clear()
-        self._held = 0
 
 
 def token_extremes(piece: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,13 +182,13 @@ class ChannelSketch:
         others = [d for d in range(piece.dim()) if d != axis]
         low, high = piece.amin(others), piece.amax(others)
         # Float32 over one piece, float64 over all of them.
-        sums = torch.stack(
-            [piece.sum(others), piece.square().sum(others), piece.abs().sum(others)]
-        ).to(torch.float64)
-        if self.count:
-            low, high = torch.minimum(self._min, low), torch.maximum(self._max, high)
-            sums += self._sums
-        self._min, self._max, self._sums = low, high, sums
+        sums = torch.stack([piece.sum(others), piece.square().sum(others), piece.abs().sum(others)])
+        if not self.count:
+            self._min, self._max, self._sums = low, high, sums.to(torch.float64)
+        else:
+            torch.minimum(self._min, low, out=self._min)
+            torch.maximum(self._max, high, out=self._max)
+            self._sums += sums
         self.count += piece.numel() // channels
         return True
 

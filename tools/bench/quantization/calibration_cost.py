@@ -180,7 +180,7 @@ def _live(work: Callable[[], Any]) -> float:
 
     with LiveBytes() as live:
         work()
-    return live.peak / 2**20
+    return float(live.peak / 2**20)
 
 
 # -- the two kinds of process ---------------------------------------------------------------------
