@@ -51,7 +51,7 @@ _SETTINGS: Mapping[str, object] = {
     "target": str | None,
     "seed": int,
     "choices": dict[str, str],
-    "alternatives": tuple[str, ...],
+    "alternatives": dict[str, str],
 }
 _SUFFIXES = (".yaml", ".yml")
 _Value = TypeVar("_Value")
@@ -67,16 +67,16 @@ class Recipe:
         seed: of everything random.
         choices: decisions that were measured on some machine, by their name; replaying a recipe
             takes them as they are instead of measuring again.
-        alternatives: recipes as text, one of which may take the place of the passes: the one
-            whose file runs fastest, if that is faster than the file that the passes make. What
-            came out of it names no alternatives, so replaying it measures nothing.
+        alternatives: recipes as text, by their names, one of which may take the place of the
+            passes: the one whose file runs fastest, if that is faster than the file that the
+            passes make. What came out of it has no alternatives, so replaying it measures nothing.
     """
 
     passes: tuple[Pass, ...] = ()
     target: str | None = None
     seed: int = 0
     choices: Mapping[str, str] = field(default_factory=dict, hash=False)
-    alternatives: tuple[str, ...] = ()
+    alternatives: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @classmethod
     def parse(cls, text: str) -> Recipe:

@@ -51,7 +51,7 @@ def with_bound(recipe: Recipe, **bounds: float | None) -> Recipe:
             return one
         return replace(one, passes=(*one.passes, KeepFloat(**given)))
 
-    texts = tuple(str(bounded(Recipe.parse(text))) for text in changed.alternatives)
+    texts = {n: str(bounded(Recipe.parse(text))) for n, text in changed.alternatives.items()}
     return replace(bounded(changed), alternatives=texts)
 
 
@@ -79,5 +79,7 @@ def with_choice(recipe: Recipe, include: tuple[str, ...], exclude: tuple[str, ..
 
 def _each(recipe: Recipe, change: Callable[[Pass], Pass]) -> Recipe:
     """A recipe with every pass exchanged, those of its alternatives too."""
-    texts = tuple(str(_each(Recipe.parse(text), change)) for text in recipe.alternatives)
+    texts = {
+        name: str(_each(Recipe.parse(text), change)) for name, text in recipe.alternatives.items()
+    }
     return replace(recipe, passes=tuple(map(change, recipe.passes)), alternatives=texts)

@@ -54,7 +54,7 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
         "quantize{mode=weight,weights=int4,granularity=block,block_size=32,weight_range=mse}",
     ),
     "int8": (
-        f'alternatives=["int8-static,{_FLOOR}","int8-dynamic,{_FLOOR}"]',
+        f'alternatives={{int8-static="int8-static,{_FLOOR}",int8-dynamic="int8-dynamic,{_FLOOR}"}}',
         "exact",
     ),
 }

@@ -144,7 +144,7 @@ def optimize(
 
 def _all_recipes(recipe: Recipe) -> list[Recipe]:
     """A recipe and its alternatives."""
-    return [recipe, *map(Recipe.parse, recipe.alternatives)]
+    return [recipe, *map(Recipe.parse, recipe.alternatives.values())]
 
 
 def _masked(recipe: Recipe, padding_mask: str | None, remarks: list[str]) -> Recipe:

@@ -6,7 +6,7 @@ faster than the recipe's own passes, which keep the model in floating point? It 
 1. The recipe's own passes run and give the float file, which all others are compared with. Every
    alternative runs, is exported for the target, and has to keep its own bound (``keep-float``) on
    inputs that nothing was calibrated with; what fails is out, with the reason.
-2. The files run in alternation, on one thread, on a calibration input; the ratio of the fastest
+2. The files run in alternation, on one thread, on one calibration sample; the ratio of the fastest
    runs decides, and among files as fast as each other the fidelity. A few seconds altogether.
 3. Where the winner is not clearly faster than float, regions of it go back to floating point where
    that is faster: a region is a set of operators that hand each other integers, and regions of the
@@ -28,6 +28,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from planish.ir.errors import PlanishError, RecipeError, RequirementError, UsageError
 from planish.ir.program import Program
 from planish.passes.base import PassContext
@@ -35,7 +37,7 @@ from planish.passes.quantize.islands import alike, islands
 from planish.passes.quantize.keep_float import KeepFloat, kept_in_float
 from planish.passes.quantize.outputs import Judge, Padding, Score
 from planish.passes.quantize.restore import quantized_operators
-from planish.passes.recipe import RECIPES, Recipe
+from planish.passes.recipe import Recipe
 from planish.passes.steps import Run
 from planish.race import Entrant, Race
 
@@ -119,7 +121,7 @@ class Fastest:
         """
         with tempfile.TemporaryDirectory(prefix="planish-race-") as name:
             self.folder = Path(name)
-            base = self._entered(replace(self.recipe, alternatives=()), FLOAT)
+            base = self._entered(replace(self.recipe, alternatives={}), FLOAT)
             assert isinstance(base, _Candidate)  # errors of the float file are everybody's
             found = [self._entered(recipe, name) for recipe, name in self._alternatives()]
             racing = [c for c in found if isinstance(c, _Candidate)]
@@ -133,15 +135,11 @@ class Fastest:
     # -- entering -----------------------------------------------------------------------------
 
     def _alternatives(self) -> Iterator[tuple[Recipe, str]]:
-        for number, text in enumerate(self.recipe.alternatives, 1):
+        for name, text in self.recipe.alternatives.items():
             own = Recipe.parse(text)
             if own.alternatives:
-                raise RecipeError(f"the alternative {text!r} has alternatives itself")
-            name = text.split(",", 1)[0].strip()
-            yield (
-                replace(own, target=self.recipe.target, seed=self.recipe.seed),
-                name if name in RECIPES else f"alternative {number}",
-            )
+                raise RecipeError(f"the alternative {name!r} has alternatives itself")
+            yield replace(own, target=self.recipe.target, seed=self.recipe.seed), name
 
     def _entered(self, recipe: Recipe, name: str) -> _Candidate | Entrant:
         """Run and export a recipe, and judge its outputs; an entrant alone is out."""
@@ -305,12 +303,32 @@ def _result(entrant: Entrant) -> str:
     return f"{entrant.verdict} ({entrant.speed.ratio:.2f}x)"
 
 
+def one_sample(program: Program, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Flat inputs cut to a batch of one, where the program takes batches of any size.
+
+    The batch is the dynamic dimension that is the first axis of the first input that has one.
+    Inputs without it stay whole; where it is an axis of anything else as well, all do.
+    """
+    sizes: list[list[str]] = [
+        [str(size) for size in value.shape] if isinstance(value, Tensor) else []
+        for value in (node.meta.get("val") for node in program.placeholders)
+    ]
+    ranges = program.signature.ranges
+    first = next((dims[0] for dims in sizes if dims and not dims[0].isdecimal()), None)
+    if first is None or any(first in dims[1:] for dims in sizes):
+        return tuple(inputs)
+    if ranges.get(first, (0, None))[0] > 1:
+        return tuple(inputs)
+    pairs = zip(sizes, inputs, strict=True)
+    return tuple(value[:1] if dims and dims[0] == first else value for dims, value in pairs)
+
+
 def _inputs(program: Program, context: PassContext) -> tuple[Any, ...]:
-    """What the files are timed on: real inputs where there are some."""
+    """What the files are timed on: one real sample, where there are some."""
     if context.calibration is not None:
-        return next(iter(context.calibration))
+        return one_sample(program, next(iter(context.calibration)))
     if not program.samples:
         raise UsageError(
             "there are no inputs to measure speed with", hint="give example inputs or calibration"
         )
-    return program.samples[0]
+    return one_sample(program, program.samples[0])

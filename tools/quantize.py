@@ -122,7 +122,7 @@ def quantize(
     """
     from planish.tools.calibration import First
     from planish.tools.loading import import_callable, load_model
-    from planish.tools.quantized import Bounds, measured, render
+    from planish.tools.quantized import Bounds, Original, measured, render
     from planish.tools.report import check_report_path, report_text
     from planish.tools.writing import write_text
 
@@ -134,6 +134,7 @@ def quantize(
     target = check_target(target or chosen.target or "onnxruntime-cpu", opset)
     extra: dict[str, Any] = {"padding_mask": padding_mask}
     remarks: list[str] = []
+    original = Original()
     with stages(quiet=quiet) as stage:
         stage("loading")
         loaded = load_model(model)
@@ -150,11 +151,14 @@ def quantize(
             verify=verify,
             seed=seed,
             extra=extra,
+            instruments=[original],
         )
         stage("exporting")
         result.export(out, opset=opset, verify=verify != "off")
         stage("measuring")
-        found = measured(result, out, data.first if data is not None else None, remarks)
+        assert original.program is not None  # a run began
+        first = data.first if data is not None else None
+        found = measured(result, original.program, out, first, remarks)
     if report is not None:
         write_text(report, report_text(result.report, report))
     if as_json:
@@ -185,7 +189,7 @@ def _recipe(
 
     chosen = with_choice(Recipe.parse(text), include, exclude)
     chosen = with_bound(chosen, **bounds.options())
-    everything = [chosen, *map(Recipe.parse, chosen.alternatives)]
+    everything = [chosen, *map(Recipe.parse, chosen.alternatives.values())]
     passes = [pass_ for one in everything for pass_ in one.passes]
     if not any(pass_.contract is Contract.LOSSY for pass_ in passes):
         raise UsageError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from planish.backends.ort_race import Speed, race
 from planish.ir.errors import PlanishError
+from planish.passes.steps import Instrument, Run
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -76,27 +77,37 @@ class Measured:
         }
 
 
+class Original(Instrument):
+    """Remembers the captured program of a run."""
+
+    def __init__(self) -> None:
+        self.program: Program | None = None
+
+    def before_pipeline(self, run: Run) -> None:
+        """The run begins."""
+        self.program = run.original
+
+
 def measured(
     result: Optimized,
+    program: Program,
     out: Path,
-    batch: Any,
-    remarks: list[str],  # noqa: ANN401 - any inputs
+    batch: Any,  # noqa: ANN401 - any inputs
+    remarks: list[str],
 ) -> Measured:
     """Time a file against the model's float file: the one that the recipe ``exact`` makes.
 
     Args:
         result: what was exported.
+        program: the captured one that it came from.
         out: to this file.
-        batch: inputs to time it on; None for the model's own example.
+        batch: inputs, of which one sample is timed; None for the model's own example.
         remarks: told what could not be measured, and that a file is slower than float.
     """
     import planish
     from planish.backends.base import ExportOptions
     from planish.backends.registry import load_backend
 
-    graphs = result.report.graphs
-    assert graphs is not None  # optimize always adds them
-    program = graphs.before
     floating = planish.optimize(program, recipe="exact", target=result.report.target, verify="off")
     with tempfile.TemporaryDirectory(prefix="planish-") as folder:
         path = Path(folder) / "float.onnx"
@@ -119,12 +130,14 @@ def measured(
 
 
 def _flat(program: Program, batch: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any inputs
+    from planish.fastest import one_sample
+
     if batch is None:
-        return program.samples[0]
+        return one_sample(program, program.samples[0])
     if isinstance(batch, Mapping):
-        return program.signature.flatten((), batch)
+        return one_sample(program, program.signature.flatten((), batch))
     args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    return program.signature.flatten(args, {})
+    return one_sample(program, program.signature.flatten(args, {}))
 
 
 def render(report: Report, found: Measured, remarks: list[str]) -> list[RenderableType]:

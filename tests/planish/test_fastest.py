@@ -136,7 +136,7 @@ def test_what_was_chosen_is_a_plain_recipe_that_measures_nothing(
     races = costs(convolutions_lose)
     result = _optimized()
     assert races
-    assert result.recipe.alternatives == ()
+    assert result.recipe.alternatives == {}
     races.clear()
     again = _optimized(str(result.recipe))
     assert not races
@@ -183,7 +183,9 @@ def test_never_slower_than_float(costs: Callable[[Cost], list[list[Path]]], tmp_
 def test_what_keeps_no_bound_is_out(costs: Callable[[Cost], list[list[Path]]]) -> None:
     costs(integers_pay)
     floor = "keep-float{min_sqnr_db=90,max_operators=0}"
-    result = _optimized(f'alternatives=["int8-static,{floor}",int8-dynamic],exact')
+    result = _optimized(
+        f'alternatives={{int8-static="int8-static,{floor}",int8-dynamic=int8-dynamic}},exact'
+    )
     entrants = _races(result)
     assert entrants["int8-static"]["verdict"].startswith("its outputs keep only")
     assert "asked for: min_sqnr_db 90" in entrants["int8-static"]["verdict"]
@@ -207,15 +209,15 @@ def test_of_two_as_fast_as_each_other_the_more_exact_is_taken(
     costs(lambda node, integer: (10.0 if integer else 100.0) if _products(node) else 0.0)
     linear = "where={include=[aten.linear]}"
     result = _optimized(
-        f'alternatives=["quantize{{range=minmax,{linear},saturation=reduced}}",'
-        f'"quantize{{range=minmax,{linear}}}"],none'
+        f'alternatives={{seven="quantize{{range=minmax,{linear},saturation=reduced}}",'
+        f'eight="quantize{{range=minmax,{linear}}}"}},none'
     )
     first, second = result.report.race.entrants[1:]  # type: ignore[union-attr]
     assert first.score is not None
     assert second.score is not None
     assert second.score.fidelity.sqnr_db > first.score.fidelity.sqnr_db
     assert second.verdict == "taken"
-    assert first.verdict == "as fast as alternative 2, less exact"
+    assert first.verdict == "as fast as eight, less exact"
 
 
 def test_missing_calibration_is_an_error_and_no_verdict() -> None:
@@ -225,9 +227,9 @@ def test_missing_calibration_is_an_error_and_no_verdict() -> None:
 
 def test_alternatives_of_alternatives() -> None:
     with pytest.raises(RecipeError, match="has alternatives itself"):
-        _optimized('alternatives=["int8"],exact')
+        _optimized("alternatives={a=int8},exact")
     with pytest.raises(RecipeError, match="did you mean"):
-        _optimized('alternatives=["int8-statik"],exact')
+        _optimized("alternatives={a=int8-statik},exact")
 
 
 def test_each_entrant_has_its_own_dump(
