@@ -53,7 +53,8 @@ def calibrated(program: Program, batches: int = 4) -> PassContext:
     """A context with normal inputs of the sample's shapes; integers stay those of the sample."""
     inputs = [
         tuple(
-            normal(*v.shape, seed=seed) if v.is_floating_point() else v for v in program.samples[0]
+            normal(*v.shape, seed=seed).to(v.dtype) if v.is_floating_point() else v
+            for v in program.samples[0]
         )
         for seed in range(batches)
     ]
