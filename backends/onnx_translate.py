@@ -14,6 +14,7 @@ from planish.backends.onnx_bags import BAGS
 from planish.backends.onnx_branch import BRANCHES
 from planish.backends.onnx_conv import CONVOLUTIONS
 from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_grids import ONNX_GRIDS
 from planish.backends.onnx_index import INDEXING
 from planish.backends.onnx_layers import LAYERS
 from planish.backends.onnx_numbers import NUMBER_OPS
@@ -48,7 +49,7 @@ TABLE: dict[Any, Translator] = {
 # Whose integer kernels -> what looks back from an operator and makes one kernel of several
 # operators; tried in this order before the table, None where it declines.
 INTEGER_KERNELS: dict[str, tuple[Table, ...]] = {
-    "standard": (),
+    "standard": (ONNX_GRIDS,),
     "onnxruntime": (ORT_CODES, ORT_MATMUL, ORT_WEIGHTS),
 }
 

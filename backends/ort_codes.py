@@ -21,6 +21,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from planish.backends.onnx_dims import Dims, dims_of
@@ -67,6 +68,11 @@ class Grid:
         ratio = torch.tensor(number, dtype=torch.float32) / torch.tensor(self.scale)
         return int((ratio.round() + self.zero).clamp(low, high))
 
+    def constants(self, e: Emitter) -> list[tuple[Node, Tensor]]:
+        """Scale and zero point: where the program holds them, and as tensors."""
+        known = [(node, e.known(node)) for node in self.nodes]
+        return [(node, tensor) for node, tensor in known if tensor is not None]
+
 
 def grid_of(e: Emitter, node: Node) -> Grid | None:
     """The grid of a ``quantize`` or ``dequantize``; None for several scales, or unknown ones."""
@@ -104,11 +110,7 @@ def codes_of(e: Emitter, value: object) -> Codes | None:
 
 def parameters(e: Emitter, grid: Grid) -> tuple[ir.Value, ir.Value]:
     """Scale and zero point as scalars in the file."""
-    values = []
-    for node in grid.nodes:
-        known = e.known(node)
-        assert known is not None
-        values.append(stored(e, node, known.reshape(())))
+    values = [stored(e, node, known.reshape(())) for node, known in grid.constants(e)]
     return values[0], values[1]
 
 
@@ -221,10 +223,15 @@ def _clamp(e: Emitter, node: Node, grid: Grid) -> View | None:
 def clip(e: Emitter, view: View, grid: Grid, bounds: tuple[float, float]) -> View:
     """Clamp codes, where their own ends do not already."""
     low, high, storage = INTEGERS[grid.dtype]
-    ends = [grid.code(bound) for bound in bounds]
-    if ends == [low, high]:
+    if ends(grid, bounds) == (low, high):
         return view
-    return view.with_base(e.op("Clip", view.base, *[e.constant(end, storage) for end in ends]))
+    values = [e.constant(end, storage) for end in ends(grid, bounds)]
+    return view.with_base(e.op("Clip", view.base, *values))
+
+
+def ends(grid: Grid, bounds: tuple[float, float]) -> tuple[int, int]:
+    """The codes of two numbers: the ends of the grid where it clamps no less than they do."""
+    return grid.code(bounds[0]), grid.code(bounds[1])
 
 
 # -- what moves values ------------------------------------------------------------------------
