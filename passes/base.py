@@ -52,6 +52,7 @@ class PassContext:
         loss: ``loss(outputs, batch)``, or None.
         generator: the only source of randomness a pass may use.
         remark: takes a sentence for the report.
+        tell: takes (batches done, batches in all) from a pass that reads the calibration inputs.
         sites: numbers the rewrite sites of the whole run.
     """
 
@@ -64,6 +65,7 @@ class PassContext:
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     remark: Callable[[str], None] = lambda sentence: None
+    tell: Callable[[int, int], None] = lambda done, total: None
     sites: SiteCounter = field(default_factory=SiteCounter)
 
     def facts(self) -> frozenset[Fact]:

@@ -90,18 +90,22 @@ class Event:
 
     Attributes:
         kind: ``"begin"`` and ``"end"`` of the run, ``"pass"`` before and ``"done"`` after a step,
-            ``"failed"`` where it raised.
+            ``"failed"`` where it raised, ``"batch"`` for every calibration batch it has read.
         total: number of steps.
         index: the step's position in the recipe, from 1; 0 for the run.
         name: the pass; empty for the run.
         seconds: since the step or the run began.
+        batch: how many calibration batches the step has read.
+        batches: of how many.
     """
 
-    kind: Literal["begin", "pass", "done", "failed", "end"]
+    kind: Literal["begin", "pass", "batch", "done", "failed", "end"]
     total: int
     index: int = 0
     name: str = ""
     seconds: float = 0.0
+    batch: int = 0
+    batches: int = 0
 
 
 class Progress(Instrument):
@@ -120,6 +124,11 @@ class Progress(Instrument):
         """A step begins."""
         self._step = time.perf_counter()
         self._about(step, "pass", 0.0)
+
+    def within_pass(self, step: Step, done: int, total: int) -> None:
+        """A step has read some calibration batches."""
+        steps, seconds = len(step.run.steps), time.perf_counter() - self._step
+        self.tell(Event("batch", steps, step.index, step.name, seconds, done, total))
 
     def after_pass(self, step: Step, result: PassResult) -> None:
         """A step ended, checks included."""

@@ -225,9 +225,16 @@ class _Driver:
     def context_of(self, step: Step) -> PassContext:
         """What a pass may look at."""
         floating, given = self.run.floating, self.run.context.float_program
+
+        def tell(done: int, total: int) -> None:
+            self.run.context.tell(done, total)
+            for instrument in self.instruments:
+                instrument.within_pass(step, done, total)
+
         return replace(
             self.run.context,
             remark=step.remark,
+            tell=tell,
             float_program=floating.clone if floating is not None else given,
         )
 

@@ -213,6 +213,9 @@ class Instrument:
     def before_pass(self, step: Step) -> None:
         """``step.before`` is about to be handed, as a clone, to the pass."""
 
+    def within_pass(self, step: Step, done: int, total: int) -> None:
+        """The pass has read this many of all calibration batches; it may read them repeatedly."""
+
     def after_pass(self, step: Step, result: PassResult) -> None:
         """The pass returned; ``result`` is what the pipeline found to be true of it."""
 

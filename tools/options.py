@@ -79,6 +79,8 @@ def optimize_loaded(
     def tell(event: Event) -> None:
         if event.kind == "pass":
             stages(f"pass: {event.name}", event.index - 1, event.total)
+        elif event.kind == "batch":
+            stages(f"pass: {event.name}: calibrating", event.batch, event.batches)
         elif event.kind == "end":
             stages("comparing")
 

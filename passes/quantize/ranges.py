@@ -95,7 +95,9 @@ def find_grids(
     found: dict[str, Grid] = {}
     statistics = None
     if fresh:
-        statistics = observe(program, fresh, context.calibration, padding_mask=padding_mask)
+        statistics = observe(
+            program, fresh, context.calibration, padding_mask=padding_mask, tell=context.tell
+        )
         for sentence in statistics.remarks:
             context.remark(sentence)
     for group in groups:
