@@ -9,6 +9,11 @@ then cleanup of what that left behind. ``fuse-parallel-linears`` is left out: in
 CPU, one wide product and a split measured no faster than the products themselves (MiniLM, 16 and
 128 tokens).
 
+``int8-static`` repairs before and after rounding: scales of channels go from values with outliers
+into weights, and the mean error of each output goes into its bias. On MiniLM the three together
+keep a cosine of 0.998 where plain ranges keep 0.994; on EfficientNet-Lite0 the biases alone are
+worth 5 dB. ``int4-weight`` needs no data.
+
 ``int8`` is chosen by measurement (``planish.fastest``): its own passes are those of ``exact``, and
 an alternative takes their place only where its file is faster here and its outputs keep 12 dB on
 inputs that it was not calibrated with. Below that, decisions flip.
@@ -46,15 +51,20 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
         *_CLEANUP,
         "merge-duplicate-constants",
     ),
-    "int8-static": ("exact", "quantize{mode=static}"),
+    "fp16": ("exact", "cast-half{dtype=fp16}"),
+    "bf16": ("exact", "cast-half{dtype=bf16}"),
+    "int8-static": (
+        "exact",
+        "smooth-quant{min_gain_db=3}",
+        "quantize{range=minmax}",
+        "correct-bias",
+    ),
     "int8-dynamic": ("exact", "quantize{mode=dynamic}"),
     "int8-weight": ("exact", "quantize{mode=weight}"),
-    "int4-weight": (
-        "exact",
-        "quantize{mode=weight,weights=int4,granularity=block,block_size=32,weight_range=mse}",
-    ),
+    "int4-weight": ("exact", "hqq"),
     "int8": (
-        f'alternatives={{int8-static="int8-static,{_FLOOR}",int8-dynamic="int8-dynamic,{_FLOOR}"}}',
+        f'alternatives={{int8-static="int8-static,{_FLOOR}",'
+        f'int8-dynamic="int8-dynamic,{_FLOOR}"}}',
         "exact",
     ),
 }
