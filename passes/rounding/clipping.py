@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from planish.ir.quantscheme import QuantScheme, to_blocks
+from planish.ir.quantscheme import QuantScheme, spread, to_blocks
+from planish.passes.quantize.weights import Codes
 
+_ROWS = 256  # at a time
 SHRINKS = tuple(1 - 0.5 * step / 20 for step in range(11))
 
 
@@ -24,11 +27,9 @@ def group_blocks(gram: Tensor, scheme: QuantScheme) -> Tensor:
     if scheme.granularity != "block":
         return gram[None]
     size = scheme.block_size
-    padded = torch.zeros(-(-inputs // size) * size, dtype=gram.dtype).new_zeros(
-        (-(-inputs // size) * size,) * 2
-    )
+    count = -(-inputs // size)
+    padded = gram.new_zeros(count * size, count * size)
     padded[:inputs, :inputs] = gram
-    count = padded.shape[0] // size
     return torch.stack(
         [padded[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(count)]
     )
@@ -83,3 +84,42 @@ def clipped_ranges(
         least = torch.minimum(error, least)
     assert best is not None
     return best
+
+
+def fitted(rows: Tensor, gram: Tensor, codes: Codes, damping: float = 0.01) -> Codes:
+    """Scales of least output error for codes that stay as they are.
+
+    With u_g the codes of block g less its zero point, and zeros elsewhere, a row of the weight is
+    ``sum_g s_g u_g``, so its scales solve ``sum_h (u_g H u_h^T) s_h = u_g H w^T``. A row whose
+    solution is not positive everywhere keeps its scales.
+
+    Args:
+        rows: ``[outputs, inputs]``.
+        gram: H, ``[inputs, inputs]``.
+        codes: of the rows, in blocks.
+        damping: share of the mean of diag H that is added to it.
+    """
+    scheme, inputs = codes.scheme, rows.shape[1]
+    size = scheme.block_size
+    blocks = -(-inputs // size)
+    padded = torch.zeros(blocks * size, blocks * size)
+    padded[:inputs, :inputs] = gram
+    padded[:inputs, :inputs] += torch.eye(inputs) * (damping * gram.diagonal().mean())
+    scale = codes.scale.clone()
+    for part in range(0, len(rows), _ROWS):
+        here = slice(part, part + _ROWS)
+        signed = codes.codes[here].float() - spread(
+            codes.zero_point[here], codes.codes[here], 1, size
+        )
+        u = F.pad(signed, (0, blocks * size - inputs)).unflatten(1, (blocks, size))
+        w = F.pad(rows[here], (0, blocks * size - inputs))
+        # [row, h, inputs]: u_h H; then u_g against it
+        uh = torch.einsum("rhj,hjk->rhk", u, padded.unflatten(0, (blocks, size)))
+        a = torch.einsum("rgi,rhgi->rgh", u, uh.unflatten(2, (blocks, size)))
+        b = (uh @ w[:, :, None]).squeeze(2)
+        ridge = a.diagonal(0, 1, 2).mean(1).clamp(min=1e-30) * 1e-6
+        a = a + ridge[:, None, None] * torch.eye(blocks)
+        solved = torch.linalg.solve(a, b)
+        good = (solved > 0).all(1) & solved.isfinite().all(1)
+        scale[here] = torch.where(good[:, None], solved, scale[here])
+    return Codes(codes.codes, scale, codes.zero_point, scheme)
