@@ -122,7 +122,7 @@ def _token_axes(rest: list[sympy.Expr], tokens: sympy.Expr) -> tuple[tuple[int, 
         # A fixed number of features may equal the number of tokens by chance.
         found = found[:-1]
     if not found:
-        return (), f"no axis of it has the mask's {tokens} tokens"
+        return (), "it has no axis of tokens"
     if tokens.is_Integer:
         if len(found) > 1:
             return (), f"several axes of it have size {tokens}: declare dimensions dynamic"

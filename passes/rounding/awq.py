@@ -35,7 +35,7 @@ from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.equalize._sites import Site, find_sites, scale_inputs, scale_maker
-from planish.passes.observe.sweep import required as required_spool
+from planish.passes.observe.feeding import required as required_spool
 from planish.passes.quantize.weights import Codes
 from planish.passes.quantize.where import Where
 from planish.passes.rounding.clipping import clipped_ranges

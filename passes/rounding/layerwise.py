@@ -12,7 +12,7 @@ from planish.ir.ops import aten, is_op
 from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import PassContext
-from planish.passes.observe.sweep import required as required_spool
+from planish.passes.observe.feeding import required as required_spool
 from planish.passes.quantize.weights import Codes
 from planish.passes.rounding.lockstep import Lockstep, gram, operand_key
 from planish.passes.rounding.round_weights import round_to_nearest

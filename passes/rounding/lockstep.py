@@ -21,7 +21,7 @@ from planish.ir.execute import evaluate
 from planish.ir.ops import argument, aten, is_op
 from planish.ir.program import Program
 from planish.passes.calibrate import Spool
-from planish.passes.observe.sweep import Padding
+from planish.passes.observe.feeding import Padding
 from planish.passes.rounding.targets import CONVOLUTIONS
 
 

@@ -61,7 +61,7 @@ def test_tokens_of_padding_are_left_out(
     [
         ((7, 4), "no axis of samples"),
         ((), "no axis of samples"),
-        ((B, 7), "no axis of it has the mask's t tokens"),
+        ((B, 7), "it has no axis of tokens"),
     ],
 )
 def test_what_cannot_be_masked_says_why(declared: tuple[object, ...], problem: str) -> None:
