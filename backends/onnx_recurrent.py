@@ -6,7 +6,9 @@ A state that starts at zero is left out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.fx import Node
 
 from planish.backends.onnx_dims import Dims
 from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_quantize import dequantized
 from planish.backends.onnx_view import Table, View
 from planish.ir.ops import argument, is_op
 
@@ -26,30 +29,153 @@ _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A parameter of one direction: numbers, or int8 codes with a scale for each row.
+
+    Attributes:
+        values: [rows, ..].
+        scale: [rows]; None for numbers.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def numbers(self) -> Tensor:
+        """What the codes stand for."""
+        if self.scale is None:
+            return self.values
+        return self.values.to(self.scale.dtype) * self.scale[:, None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parameters of one layer, gates in ONNX's order.
+
+    Attributes:
+        name: for its constants.
+        w: [directions * gates * H, I].
+        r: [directions * gates * H, H].
+        bias: [directions, 2 * gates * H]; None for none.
+        directions: 1 or 2.
+        hidden: H.
+    """
+
+    name: str
+    w: Rows
+    r: Rows
+    bias: Tensor | None
+    directions: int
+    hidden: int
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What LSTM and GRU are told of it."""
+        direction = "bidirectional" if self.directions == 2 else "forward"
+        return {"hidden_size": self.hidden, "direction": direction}
+
+
+# Emits one layer: (emitter, layer, operand, initial states or None) to [output, final states].
+Cell: TypeAlias = "Callable[[Emitter, Layer, ir.Value, list[ir.Value | None]], list[ir.Value]]"
+
+
 def _lstm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    states = list(argument(node, "hx"))
-    return _recurrent(e, node, "LSTM", states)
+    layers = read_layers(e, node, "LSTM")
+    return None if layers is None else emit_layers(e, node, layers, _cell("LSTM"))
 
 
 def _gru(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    return _recurrent(e, node, "GRU", [argument(node, "hx")])
+    layers = read_layers(e, node, "GRU")
+    return None if layers is None else emit_layers(e, node, layers, _cell("GRU"))
 
 
-def _recurrent(e: Emitter, node: Node, kind: str, states: list[Node]) -> Any:  # noqa: ANN401
+def _cell(kind: str) -> Cell:
+    def emit(
+        e: Emitter, layer: Layer, x: ir.Value, starts: list[ir.Value | None]
+    ) -> list[ir.Value]:
+        bias = None if layer.bias is None else e.tensor(layer.bias, f"{layer.name}.B")
+        matrices = [_matrix(e, layer, rows, n) for rows, n in ((layer.w, "W"), (layer.r, "R"))]
+        return e.ops(
+            1 + len(starts), kind, x, *matrices, bias, None, *starts,
+            linear_before_reset=1 if kind == "GRU" else None, **layer.attributes,
+        )  # fmt: skip
+
+    return emit
+
+
+def _matrix(e: Emitter, layer: Layer, rows: Rows, name: str) -> ir.Value:
+    """[directions, gates * H, ..], from codes where the program has them."""
+    sizes = (layer.directions, -1, rows.values.shape[1])
+    label = f"{layer.name}.{name}"
+    if rows.scale is None:
+        return e.tensor(rows.values.reshape(sizes), label)
+    codes, scale = e.tensor(rows.values, label), e.tensor(rows.scale, f"{label}.scale")
+    numbers = e.op("DequantizeLinear", codes, scale, axis=0)
+    return e.op("Reshape", numbers, e.constant(list(sizes)))
+
+
+def read_layers(e: Emitter, node: Node, kind: str) -> list[Layer] | None:
+    """The parameters of a recurrent operator; None where ONNX has no such operator."""
     source = node.args[0]
     assert isinstance(source, Node)
-    known = [e.known(p) for p in argument(node, "params")]
-    weights = [w for w in known if w is not None]
-    if len(weights) != len(known) or len(source.meta["val"].shape) != 3:
+    read = [_read(e, p) for p in argument(node, "params")]
+    params = [p for p in read if p is not None]
+    if len(params) != len(read) or len(source.meta["val"].shape) != 3:
         return None
     if argument(node, "train") and float(argument(node, "dropout")) != 0:
         return None
-    layers, directions = int(argument(node, "num_layers")), 1 + int(argument(node, "bidirectional"))
-    biased, batch_first = bool(argument(node, "has_biases")), bool(argument(node, "batch_first"))
-    per_direction = 4 if biased else 2
-    if len(weights) != layers * directions * per_direction:
+    count, directions = int(argument(node, "num_layers")), 1 + int(argument(node, "bidirectional"))
+    per = 4 if argument(node, "has_biases") else 2
+    if len(params) != count * directions * per:
         return None  # projected LSTM has one weight more; ONNX has no such operator
-    hidden = int(weights[1].shape[1])
+    groups = [params[i : i + per] for i in range(0, len(params), per)]
+    hidden = int(params[1].values.shape[1])
+    layers = []
+    for layer in range(count):
+        parts = groups[layer * directions :][:directions]
+        bias = None
+        if per == 4:
+            halves = [_together([p[i] for p in parts], kind).numbers for i in (2, 3)]
+            bias = torch.cat([h.reshape(directions, -1) for h in halves], dim=1)
+        w, r = (_together([p[i] for p in parts], kind) for i in (0, 1))
+        layers.append(Layer(f"{node.name}.{layer}", w, r, bias, directions, hidden))
+    return layers
+
+
+def _read(e: Emitter, param: Node) -> Rows | None:
+    known = e.known(param)
+    if known is not None:
+        return Rows(known)
+    q = dequantized(param)
+    if q is None or q.dtype != "int8" or q.block or q.axis not in (None, 0):
+        return None
+    codes, scale, zero = (e.known(n) for n in (q.codes, q.scale, q.zero))
+    if codes is None or scale is None or zero is None or bool(zero.any()):
+        return None
+    return Rows(codes, scale.expand(codes.shape[0]).contiguous())
+
+
+def _together(parts: list[Rows], kind: str) -> Rows:
+    """One parameter of all directions, gates in ONNX's order."""
+    if any(part.scale is None for part in parts):
+        return Rows(torch.cat([_arranged(part.numbers, kind) for part in parts]))
+    scales = [part.scale for part in parts if part.scale is not None]
+    values = torch.cat([_arranged(part.values, kind) for part in parts])
+    return Rows(values, torch.cat([_arranged(scale, kind) for scale in scales]))
+
+
+def _arranged(tensor: Tensor, kind: str) -> Tensor:
+    gates = tensor.chunk(len(_GATES[kind]), dim=0)
+    return torch.cat([gates[g] for g in _GATES[kind]], dim=0)
+
+
+def emit_layers(e: Emitter, node: Node, layers: list[Layer], cell: Cell) -> list[Any]:
+    """All layers of a recurrent operator, and the states they end in."""
+    source, given = node.args[0], argument(node, "hx")
+    states: list[Node] = list(given) if isinstance(given, (list, tuple)) else [given]
+    assert isinstance(source, Node)
+    batch_first = bool(argument(node, "batch_first"))
     view = e.view(source)
     if batch_first:
         b, t, _ = view.shape
@@ -58,21 +184,14 @@ def _recurrent(e: Emitter, node: Node, kind: str, states: list[Node]) -> Any:  #
     else:
         t, b, _ = view.shape
     finals: list[list[ir.Value]] = [[] for _ in states]
-    for layer in range(layers):
-        group = weights[layer * directions * per_direction :][: directions * per_direction]
-        stacked = _stack(e, node, kind, layer, group, directions, biased)
-        starts = [_start(e, s, layer, directions, layers) for s in states]
-        outputs = e.ops(
-            1 + len(states), kind, e.materialize(view), *stacked, None, *starts,
-            hidden_size=hidden, direction="bidirectional" if directions == 2 else "forward",
-            linear_before_reset=1 if kind == "GRU" else None,
-        )  # fmt: skip
+    for position, layer in enumerate(layers):
+        starts = [_start(e, s, position, layer.directions, len(layers)) for s in states]
+        outputs = cell(e, layer, e.materialize(view), starts)
         for final, value in zip(finals, outputs[1:], strict=True):
             final.append(value)
-        view = _sequence(e, outputs[0], (t, directions, b, hidden))
-    result = view
-    if batch_first:
-        result = _batch_first(e, outputs[0], (t, directions, b, hidden))
+        dims: Dims = (t, layer.directions, b, layer.hidden)
+        view = _sequence(e, outputs[0], dims)
+    result = _batch_first(e, outputs[0], dims) if batch_first else view
     lasts = [f[0] if len(f) == 1 else e.op("Concat", *f, axis=0) for f in finals]
     return [result, *lasts]
 
@@ -91,35 +210,6 @@ def _batch_first(e: Emitter, value: ir.Value, dims: Dims) -> View:
     moved = View(value, dims, dims, (2, 0, 1, 3))
     base = e.materialize(moved)
     return View(base, moved.shape, (b, t, int(directions) * int(hidden)))
-
-
-def _stack(
-    e: Emitter,
-    node: Node,
-    kind: str,
-    layer: int,
-    group: list[Tensor],
-    directions: int,
-    biased: bool,
-) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """W [D, gates * H, I], R [D, gates * H, H] and B [D, 2 * gates * H] of one layer."""
-    per = len(group) // directions
-    parts = [group[d * per : (d + 1) * per] for d in range(directions)]
-    order = _GATES[kind]
-
-    def arranged(tensor: Tensor) -> Tensor:
-        gates = tensor.chunk(len(order), dim=0)
-        return torch.cat([gates[g] for g in order], dim=0)
-
-    def together(position: int) -> Tensor:
-        return torch.stack([arranged(p[position]) for p in parts])
-
-    name = f"{node.name}.{layer}"
-    w = e.tensor(together(0), f"{name}.W")
-    r = e.tensor(together(1), f"{name}.R")
-    if not biased:
-        return w, r, None
-    return w, r, e.tensor(torch.cat([together(2), together(3)], dim=1), f"{name}.B")
 
 
 def _start(e: Emitter, state: Node, layer: int, directions: int, layers: int) -> ir.Value | None:

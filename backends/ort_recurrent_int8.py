@@ -1,0 +1,59 @@
+"""LSTM layers with int8 weights, as DynamicQuantizeLSTM of ONNX Runtime.
+
+    lstm(x, dq(W), dq(R))  ->  DynamicQuantizeLSTM(x, W, R)
+
+The kernel multiplies by the codes themselves. For that it writes the input once, and the hidden
+state at every step, as uint8 by the range they have there: an error the program does not show,
+which the comparison of the file with the program does. The cell state and the gates stay in float.
+
+A GRU stays in float, on dequantized weights: this runtime has no integer kernel for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_recurrent import Layer, Rows, emit_layers, read_layers
+from planish.backends.onnx_view import Table
+from planish.backends.ort_codes import MICROSOFT
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+aten = torch.ops.aten
+
+
+def _lstm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+    layers = read_layers(e, node, "LSTM")
+    if layers is None or any(layer.w.scale is None or layer.r.scale is None for layer in layers):
+        return None
+    return emit_layers(e, node, layers, _cell)
+
+
+def _cell(e: Emitter, layer: Layer, x: ir.Value, starts: list[ir.Value | None]) -> list[ir.Value]:
+    bias = None if layer.bias is None else e.tensor(layer.bias, f"{layer.name}.B")
+    w, r = (_operands(e, layer, rows, n) for rows, n in ((layer.w, "W"), (layer.r, "R")))
+    return e.ops(
+        1 + len(starts), "DynamicQuantizeLSTM", x, w[0], r[0], bias, None, *starts, None,
+        *w[1:], *r[1:], domain=MICROSOFT, **layer.attributes,
+    )  # fmt: skip
+
+
+def _operands(e: Emitter, layer: Layer, rows: Rows, name: str) -> list[ir.Value]:
+    """Codes [directions, .., gates * H], scales and zero points [directions, gates * H]."""
+    assert rows.scale is not None
+    codes = rows.values.reshape(layer.directions, -1, rows.values.shape[1]).transpose(1, 2)
+    scale = rows.scale.reshape(layer.directions, -1)
+    label = f"{layer.name}.{name}"
+    return [
+        e.tensor(codes.contiguous(), label),
+        e.tensor(scale, f"{label}.scale"),
+        e.tensor(torch.zeros(scale.shape, dtype=torch.int8), f"{label}.zero"),
+    ]
+
+
+ORT_RECURRENT: Table = {aten.lstm.input: _lstm}
