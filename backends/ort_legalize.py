@@ -10,14 +10,16 @@ and replayed from there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
 import planish.ir.operators  # noqa: F401 - registers torch.ops.planish
 from planish.backends.base import ExportOptions
+from planish.backends.ort_stem import CHANNEL_STEP
 from planish.ir.errors import RecipeError
 from planish.ir.ops import is_op
 from planish.ir.program import Program
@@ -38,6 +40,7 @@ class Choice:
         alternative: taken where it is faster by the margin.
         operators: the choice matters to programs that have one of these.
         opset: the default needs this operator set version; below, the alternative is taken.
+        where: whether it matters to a node of these operators.
     """
 
     name: str
@@ -45,7 +48,28 @@ class Choice:
     alternative: str
     operators: tuple[Any, ...]
     opset: int = 0
+    where: Callable[[Node], bool] = lambda node: True
 
+    def meets(self, node: Node) -> bool:
+        """Whether the choice matters to a node."""
+        return is_op(node, *self.operators) and self.where(node)
+
+
+def _is_integer_stem(node: Node) -> bool:
+    """Whether a convolution of integers has so few channels that pixels can be merged."""
+    x = node.args[0]
+    if not is_op(x, torch.ops.planish.dequantize.default):
+        return False
+    channels = x.meta["val"].shape[1]  # type: ignore[union-attr]
+    return isinstance(channels, int) and channels % CHANNEL_STEP != 0
+
+
+_CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+)
 
 CHOICES: tuple[Choice, ...] = (
     Choice("residual", "sum", "add", (aten.layer_norm.default, aten.rms_norm.default)),
@@ -57,6 +81,7 @@ CHOICES: tuple[Choice, ...] = (
     Choice(
         "rotary", "operator", "primitives", (torch.ops.planish.rotary_embedding.default,), opset=23
     ),
+    Choice("stem", "plain", "merged", _CONVOLUTIONS, where=_is_integer_stem),
 )
 
 
@@ -77,7 +102,7 @@ def choose(program: Program, opset: int, options: ExportOptions) -> tuple[Style,
     from planish.backends.onnx_view import Style
 
     replayed = _validated(options.choices or {})
-    met = [c for c in CHOICES if any(is_op(n, *c.operators) for n in program.graph.nodes)]
+    met = [c for c in CHOICES if any(c.meets(n) for n in program.graph.nodes)]
     taken: dict[str, str] = {}
     for choice in met:
         wanted = replayed.get(choice.name)

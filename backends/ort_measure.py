@@ -90,13 +90,36 @@ class _Rotary(nn.Module):
         return heads.transpose(1, 2).reshape(1, 128, 384)
 
 
+class _Stem(nn.Module):
+    """The first convolution of a picture, already written in integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        codes = torch.randint(-127, 128, (32, 3, 3, 3), dtype=torch.int8)
+        self.weight, self.scale = nn.Buffer(codes), nn.Buffer(torch.full((32,), 0.001))
+        self.none = nn.Buffer(torch.zeros(32, dtype=torch.int8))
+        self.step, self.zero = nn.Buffer(torch.tensor(0.02)), nn.Buffer(torch.tensor(128).byte())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = torch.ops.planish
+        x = q.quantize(x, self.step, self.zero, dtype="uint8")
+        x = q.dequantize(x, self.step, self.zero, dtype="uint8")
+        weight = q.dequantize(self.weight, self.scale, self.none, dtype="int8", axis=0)
+        y = q.quantize(F.conv2d(x, weight, None, 2, 1), self.step, self.zero, dtype="uint8")
+        y = q.dequantize(y, self.step, self.zero, dtype="uint8")
+        result: Tensor = y.amax(1)  # little to do, for either form
+        return result
+
+
 _SUBJECTS: dict[str, Callable[[], nn.Module]] = {
     "residual": _Residual,
     "linear": _Linear,
     "attention": _Attention,
     "rms-norm": _RmsNorm,
     "rotary": _Rotary,
+    "stem": _Stem,
 }
+_SHAPES = {"stem": (1, 3, 224, 224)}  # of the input; others take 128 tokens of 384 features
 
 
 def measure(name: str) -> float:
@@ -108,11 +131,14 @@ def measure(name: str) -> float:
     field = name.replace("-", "_")
     fast = {"attention": "operator", "rms_norm": "operator", "rotary": "operator"}
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(1, 128, 384, generator=generator)
+    sample = torch.randn(_SHAPES.get(name, (1, 128, 384)), generator=generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         program = capture(_SUBJECTS[name]().eval().requires_grad_(False), (sample,))
-    styles = [Style(**{**fast, field: form}) for form in (choice.default, choice.alternative)]
+    styles = [
+        Style(**{**fast, field: form}, integers="onnxruntime")
+        for form in (choice.default, choice.alternative)
+    ]
     return _race(program, styles, sample)
 
 

@@ -23,7 +23,7 @@ from planish.backends.ort_codes import channels_last, lies_last
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_CHANNEL_STEP = 4  # input channels that the kernel multiplies at once
+CHANNEL_STEP = 4  # input channels that the kernel multiplies at once
 
 
 def pixels_to_merge(channels: int, size: object, results: object, stride: int) -> int | None:
@@ -35,9 +35,9 @@ def pixels_to_merge(channels: int, size: object, results: object, stride: int) -
         results: of the last axis of the result.
         stride: along it.
     """
-    if channels % _CHANNEL_STEP == 0 or not isinstance(size, int):
+    if channels % CHANNEL_STEP == 0 or not isinstance(size, int):
         return None
-    count = next(m for m in (1, 2, 4) if channels * m % _CHANNEL_STEP == 0)
+    count = next(m for m in (1, 2, 4) if channels * m % CHANNEL_STEP == 0)
     while count % stride:
         count += count
         if count > size:
