@@ -37,6 +37,8 @@ def kernel_lines(runtime: Mapping[str, Any]) -> list[str]:
         found = runtime["fidelity"]
         apart = "identical" if found["equal"] else f"SQNR {found['sqnr_db']:.1f} dB"
         lines.append(f"its outputs against the program's, fully optimized: {apart}")
+    if runtime.get("instruction_sets"):
+        lines.append(f"its answers hold on: {', '.join(runtime['instruction_sets'])}")
     return lines
 
 

@@ -18,6 +18,7 @@ from planish.report import Report
 
 if TYPE_CHECKING:
     from planish.backends.base import Artifact
+    from planish.ir.compare import Fidelity
     from planish.passes.recipe import Recipe
 
 # suffix -> targets that write it, the preferred one first
@@ -102,7 +103,7 @@ class Optimized:
             choices=dict(self.recipe.choices) if target == self.recipe.target else None,
             verify=verify,
             remark=remarks.append,
-            quantization=self.report.fidelity,
+            quantization=self._quantization(),
         )
         backend = load_backend(target)
         backend.target.check_opset(opset)
@@ -144,7 +145,20 @@ class Optimized:
             "planish.seed": str(self.recipe.seed),
             "planish.fidelity": json.dumps(fidelity.to_dict() if fidelity else None),
             "planish.ranges": json.dumps(self._ranges()),
+            **({"planish.instruction_sets": json.dumps(sets)} if (sets := self._sets()) else {}),
         }
+
+    def _sets(self) -> tuple[str, ...]:
+        """The processors on which a quantized program's integer kernels give its answers."""
+        from planish.backends.stepwise import is_quantized
+        from planish.passes.quantize.saturation import instruction_sets
+
+        return instruction_sets(self.program) if is_quantized(self.program) else ()
+
+    def _quantization(self) -> Fidelity | None:
+        """What the passes did to the outputs; None where the program came quantized already."""
+        lossy = any(p.contract == "lossy" and p.changes for p in self.report.passes)
+        return self.report.fidelity if lossy else None
 
     def _ranges(self) -> dict[str, tuple[int, int | None]]:
         """Dimension name -> smallest and largest legal size, None for no bound."""
@@ -168,6 +182,7 @@ class Optimized:
                 runtime["fidelity"] = artifact.comparison.fidelity.to_dict()
                 runtime["stepwise"] = steps.to_dict() if steps is not None else None
             runtime["kernels"] = [use.to_dict() for use in artifact.kernels]
+            runtime["instruction_sets"] = list(self._sets())
         self.report = replace(
             self.report,
             runtime=runtime,
