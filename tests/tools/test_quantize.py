@@ -1,0 +1,291 @@
+"""``planish quantize``: the data it takes, what it writes and says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from planish.ir.errors import UsageError
+from planish.tools.calibration import First, load_calibration
+from tests.support.command import Call
+
+HERE = "tests.tools.test_quantize"
+
+
+class Net(nn.Module):
+    """A convolution, then two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.up, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        y = torch.relu(self.conv(image)).mean((2, 3))
+        result: Tensor = self.head(torch.tanh(self.up(y)))
+        return result
+
+
+def dynamic() -> tuple[nn.Module, Any, Any]:
+    """The net for batches of any size."""
+    torch.manual_seed(0)
+    batch = torch.export.Dim("batch", max=64)
+    return Net().eval(), (torch.randn(2, 3, 8, 8),), ({0: batch},)
+
+
+def fixed() -> tuple[nn.Module, Any]:
+    """The net for batches of 4."""
+    torch.manual_seed(0)
+    return Net().eval(), (torch.randn(4, 3, 8, 8),)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    """Ten batches of two."""
+    return [{"image": torch.from_numpy(x)} for x in np.split(_images(), 10)]
+
+
+def no_batches() -> int:
+    """What a user may return by mistake."""
+    return 3
+
+
+def agreement(outputs: Tensor, reference: Tensor) -> float:
+    """Share of samples with the same decision."""
+    return float((outputs.argmax(-1) == reference.argmax(-1)).float().mean())
+
+
+def _images(count: int = 20) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, 3, 8, 8)).astype(np.float32)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.npz"
+    np.savez(path, image=_images())
+    return path
+
+
+def _json(planish_: Call, *arguments: object) -> dict[str, Any]:
+    code, out, err = planish_("quantize", *arguments, "--json", "--quiet")
+    assert code == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def _operators(path: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def test_static_from_a_file(planish_: Call, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    arguments = ("--calibration", data, "--recipe", "int8-static", "-o", out, "--target", "onnx")
+    found = _json(planish_, f"{HERE}:dynamic", *arguments)
+    assert "QuantizeLinear" in _operators(out)
+    assert found["output"] == str(out)
+    assert found["held_out"]["batches"] == 2  # 20 samples in batches of 2 as the example's
+    assert found["held_out"]["sqnr_db"] > 20
+    assert found["file"]["bytes"] == out.stat().st_size
+    assert found["file"]["speed"]["rounds"] == found["file"]["float_speed"]["rounds"] >= 8
+    assert found["file"]["float_speed"]["ratio"] == 1.0
+    kernels = found["runtime"]["kernels"]
+    assert {use["operator"] for use in kernels} >= {"aten.conv2d", "aten.linear"}
+    assert all(use["kernel"] or use["reason"] for use in kernels)
+
+
+def test_the_default_races_and_says_so(planish_: Call, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    code, text, err = planish_(
+        "quantize", f"{HERE}:dynamic", "--calibration", data, "-o", out, "--quiet"
+    )
+    assert code == 0, err
+    assert out.exists()
+    for name in ("float", "int8-static", "int8-dynamic"):
+        assert name in text
+    assert "measured here, one thread" in text
+    assert "speed here, one thread:" in text
+    assert "x of float" in text
+    assert text.rstrip().endswith(f"wrote {out}")
+
+
+def test_weights_alone_need_no_data(planish_: Call, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    code, text, err = planish_(
+        "quantize", f"{HERE}:dynamic", "-o", out, "--recipe", "int8-weight", "--quiet"
+    )
+    assert code == 0, err
+    assert "fidelity on the example inputs alone" in text
+    assert "size: " in text
+
+
+def test_a_bound_a_choice_and_a_metric(planish_: Call, data: Path, tmp_path: Path) -> None:
+    arguments = ("--calibration", data, "--recipe", "int8-static", "--target", "onnx")
+    bound = ("--min-sqnr-db", 60, "--metric", f"{HERE}:agreement", "--min-metric", 0.9)
+    choice = ("--exclude", "conv", "--exclude", "aten.mean*")
+    found = _json(
+        planish_, f"{HERE}:dynamic", *arguments, *bound, *choice, "-o", tmp_path / "model.onnx"
+    )
+    (keep,) = [entry for entry in found["passes"] if entry["name"] == "keep-float"]
+    assert "min_sqnr_db=60" in keep["options"]
+    assert "min_metric=0.9" in keep["options"]
+    assert {error["operator"] for error in keep["operators"]} == {"linear"}
+    assert any(error["kept_float"] for error in keep["operators"])
+    assert found["held_out"]["metric"] >= 0.9
+
+
+def test_a_fixed_batch_leaves_the_rest_out_and_says_so(planish_: Call, tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, image=_images(18))
+    arguments = ("--calibration", path, "--recipe", "int8-dynamic", "--target", "onnx")
+    found = _json(planish_, f"{HERE}:fixed", *arguments, "-o", tmp_path / "model.onnx")
+    assert any("the last 2 samples of data.npz are left out" in r for r in found["remarks"])
+
+
+def test_help_has_examples(planish_: Call) -> None:
+    code, out, _ = planish_("quantize", "--help")
+    assert code == 0
+    assert "planish quantize ./minilm --calibration sentences.npz" in out
+
+
+# -- what it refuses ------------------------------------------------------------------------------
+
+
+def _refused(planish_: Call, *arguments: object, model: str = "dynamic") -> str:
+    code, out, err = planish_("quantize", f"{HERE}:{model}", *arguments, "--quiet")
+    assert code == 2, (out, err)
+    assert out == ""
+    return err
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-static"])
+def test_no_calibration_says_what_to_pass(planish_: Call, tmp_path: Path, recipe: str) -> None:
+    err = _refused(planish_, "-o", tmp_path / "model.onnx", "--recipe", recipe)
+    assert f"the recipe '{recipe}' needs calibration data" in err
+    assert "give --calibration FILE.npz (one array for each input" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_quantizes_nothing(planish_: Call, tmp_path: Path) -> None:
+    err = _refused(planish_, "-o", tmp_path / "model.onnx", "--recipe", "exact")
+    assert "the recipe 'exact' quantizes nothing" in err
+
+
+def test_labels_in_the_data(planish_: Call, tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, image=_images(), label=np.zeros(20, np.int64))
+    err = _refused(planish_, "--calibration", path, "-o", tmp_path / "model.onnx")
+    assert "it holds 'label', which the model does not take (image)" in err
+    assert "without labels" in err
+
+
+def test_a_number_of_operators_without_a_bound(planish_: Call, tmp_path: Path) -> None:
+    err = _refused(planish_, "-o", tmp_path / "model.onnx", "--max-float", 3)
+    assert "--max-float without a bound" in err
+
+
+def test_a_mask_that_is_no_input(planish_: Call, data: Path, tmp_path: Path) -> None:
+    arguments = ("--calibration", data, "--padding-mask", "imagee")
+    err = _refused(planish_, *arguments, "-o", tmp_path / "model.onnx")
+    assert "did you mean 'image'?" in err
+
+
+# -- the data -------------------------------------------------------------------------------------
+
+
+def test_a_file_is_cut_into_batches(data: Path) -> None:
+    found = list(load_calibration(str(data), 8))
+    assert [len(batch["image"]) for batch in found] == [8, 8, 4]
+    assert torch.equal(torch.cat([b["image"] for b in found]), torch.from_numpy(_images()))
+    remarks: list[str] = []
+    whole = list(load_calibration(str(data), 8, whole=True, remark=remarks.append))
+    assert [len(batch["image"]) for batch in whole] == [8, 8]
+    assert len(remarks) == 1
+
+
+def test_arrays_without_names_are_taken_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, *[np.full((4, 2), float(i)) for i in range(11)])
+    (batch,) = load_calibration(str(path), 4)
+    assert isinstance(batch, tuple)
+    assert [float(x[0, 0]) for x in batch] == list(map(float, range(11)))
+
+
+def test_a_folder_gives_one_batch_for_each_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "b.npz", image=_images(3))
+    save_file({"image": torch.from_numpy(_images(5))}, tmp_path / "a.safetensors")
+    (tmp_path / "notes.txt").write_text("not data")
+    found = load_calibration(str(tmp_path), 2)
+    for _ in range(2):  # it can be read again
+        assert [len(batch["image"]) for batch in found] == [5, 3]
+
+
+def test_a_callable(data: Path) -> None:
+    del data
+    assert len(list(load_calibration(f"{HERE}:batches", 8))) == 10
+
+
+def test_the_first_batch_is_remembered() -> None:
+    first = First(iter([1, 2]))
+    assert list(first) == [1, 2]
+    assert first.first == 1
+
+
+def _wrong(path: Path) -> None:
+    np.savez(path, image=_images(), ids=np.zeros(3))
+
+
+def _pickled(path: Path) -> None:
+    np.savez(path, image=np.array([{"a": 1}], dtype=object))
+
+
+def _damaged(path: Path) -> None:
+    path.write_bytes(b"not a zip file")
+
+
+def _empty(path: Path) -> None:
+    np.savez(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_wrong, "different numbers of samples: image .*, ids"),
+        (_pickled, "cannot be read"),
+        (_damaged, "cannot be read"),
+        (_empty, "holds no array"),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path: Path, make: Any, reason: str) -> None:
+    path = tmp_path / "data.npz"
+    make(path)
+    with pytest.raises(UsageError, match=reason):
+        list(load_calibration(str(path), 8))
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("nowhere.npz", "there is no file"),
+        ("nowhere", "is no calibration data"),
+        (f"{HERE}:no_batches", "returned a int"),
+        ("no_such_module:batches", "there is no module"),
+    ],
+)
+def test_specs_that_name_nothing(spec: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        load_calibration(spec, 8)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no \*\.npz"):
+        load_calibration(str(tmp_path), 8)
