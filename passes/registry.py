@@ -47,7 +47,12 @@ REGISTRY: Mapping[str, str] = {
     "quantize": "planish.passes.quantize.quantize:Quantize",
     "keep-float": "planish.passes.quantize.keep_float:KeepFloat",
     "smooth-quant": "planish.passes.equalize.smooth_quant:SmoothQuant",
+    "adaround": "planish.passes.rounding.adaround:AdaRound",
     "correct-bias": "planish.passes.rounding.correct_bias:CorrectBias",
+    "round-weights": "planish.passes.rounding.round_weights:RoundWeights",
+    "hqq": "planish.passes.rounding.hqq:Hqq",
+    "gptq": "planish.passes.rounding.gptq:Gptq",
+    "awq": "planish.passes.rounding.awq:Awq",
 }
 
 
