@@ -68,7 +68,7 @@ class Sketch:
         if not (math.isfinite(low) and math.isfinite(high)):  # NaN survives every minimum
             return False
         self.histogram.add(piece, workspace, (low, high))
-        self.histogram.zeros += _zeros(piece, sample_low, sample_high)
+        self.histogram.zeros += _zeros(piece, sample_low, sample_high, workspace)
         self.samples += len(piece)
         self._low_sum += sample_low.sum(dtype=torch.float64).item()
         self._high_sum += sample_high.sum(dtype=torch.float64).item()
@@ -78,7 +78,8 @@ class Sketch:
     def flush(self, workspace: Workspace) -> None:
         """Move what waits into the histograms of tokens; to be called after the last piece."""
         if self._held:
-            self._count(*self._waiting[:, : self._held], workspace)
+            lows, highs = self._waiting[0, : self._held], self._waiting[1, : self._held]
+            self._count(lows, highs, workspace)
             self._held = 0
 
     def _keep(self, lows: Tensor, highs: Tensor, workspace: Workspace) -> None:
@@ -111,7 +112,7 @@ def token_extremes(piece: Tensor) -> tuple[Tensor, Tensor]:
     return lows.reshape(len(piece), -1), highs.reshape(len(piece), -1)
 
 
-def _zeros(piece: Tensor, low: Tensor, high: Tensor) -> int:
+def _zeros(piece: Tensor, low: Tensor, high: Tensor, workspace: Workspace) -> int:
     """How many elements are zero, in samples that zero bounds.
 
     Only there zeros come in masses, as behind a relu; counting them everywhere costs a pass. The
@@ -122,7 +123,10 @@ def _zeros(piece: Tensor, low: Tensor, high: Tensor) -> int:
         return 0
     if not bounded.all():
         piece = piece[bounded]
-    return piece.numel() - int(piece.count_nonzero())
+    signs, _ = workspace.take(piece.shape)
+    # Several times as fast as count_nonzero; float32 counts exactly up to 2**24.
+    exact = torch.float32 if piece.numel() < 1 << 24 else torch.float64
+    return piece.numel() - int(torch.sign(piece, out=signs).abs_().sum(dtype=exact))
 
 
 @dataclass

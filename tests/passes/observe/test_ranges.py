@@ -64,6 +64,14 @@ def test_average_is_over_samples_whatever_the_batches() -> None:
     assert average(sketched(x[:1], x[1:])) == (-1.0, 2.0)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zeros_are_counted_in_samples_that_zero_bounds(sign: int) -> None:
+    x = sign * torch.tensor([[0.0, 0.0, 2.0], [0.0, 1.0, 0.0], [0.0, -1.0, 1.0], [3.0, 4.0, 5.0]])
+    assert sketched(x).histogram.zeros == 4
+    assert sketched(x[2:], x[:2]).histogram.zeros == 4
+    assert sketched(torch.zeros(2, 4)).histogram.zeros == 8
+
+
 # -- percentile -----------------------------------------------------------------------------------
 
 
