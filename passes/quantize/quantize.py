@@ -33,10 +33,12 @@ from planish.passes.quantize.attention import decompose, is_attention
 from planish.passes.quantize.insert import Inserter
 from planish.passes.quantize.operands import Operands, is_written
 from planish.passes.quantize.plan import Plan, is_attention_product, make_plan, nothing
-from planish.passes.quantize.ranges import Grid, find_grids
+from planish.passes.quantize.ranges import AUTO, Grid, find_grids
 from planish.passes.quantize.regions import Between
 from planish.passes.quantize.saturation import portability
 from planish.passes.quantize.where import DECOMPOSE, EVERYWHERE, Where
+
+_STATIC = ("range", "between", "padding_mask")  # options that only static ranges have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,8 @@ class Quantize(Pass):
         between: also operators between: in regions of "convolutions", of "all" products, "none".
         saturation: portable answers on CPUs without VNNI: "reduced" uses 7 bits of weights,
             "signed" int8 values; "none" leaves sums of u8*s8 pairs to saturate there.
-        padding_mask: the input that is 0 at padding, which ranges leave out.
+        padding_mask: the input that is 0 at padding, which ranges leave out; "auto" takes one
+            called attention_mask, null none.
         where: which operators.
     """
 
@@ -86,7 +89,7 @@ class Quantize(Pass):
     embedding: bool | None = None
     between: Between = "convolutions"
     saturation: Literal["none", "reduced", "signed"] = "none"
-    padding_mask: str | None = None
+    padding_mask: str | None = AUTO
     where: Where = EVERYWHERE
 
     def __post_init__(self) -> None:
@@ -105,10 +108,11 @@ class Quantize(Pass):
             raise ValueError(
                 f"saturation=reduced is for weights=int8: {self.weights} fits as it is"
             )
-        if self.saturation != "none" and self.kind == "weight":
-            raise ValueError(
-                "only products of integers saturate: saturation is not for mode=weight"
-            )
+        if self.kind == "weight" and (self.attention or self.saturation != "none"):
+            raise ValueError("mode=weight multiplies no integers: no attention, no saturation")
+        idle = [name for name in _STATIC if getattr(self, name) != getattr(type(self), name)]
+        if idle and self.kind != "static":
+            raise ValueError(f"{' and '.join(idle)} is for mode=static")
 
     def needs(self) -> frozenset[Fact]:
         """Calibration, for static ranges."""

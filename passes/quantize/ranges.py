@@ -15,6 +15,8 @@ from planish.passes.base import PassContext
 from planish.passes.observe import RangeMethod, observe
 from planish.passes.quantize.operands import QUANTIZE
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -65,6 +67,20 @@ def existing_grid(value: Node, scheme: QuantScheme, program: Program) -> Grid | 
     return None
 
 
+def padding_input(program: Program) -> str | None:
+    """The input that marks padding by the name it has everywhere: ``attention_mask``.
+
+    It must be of rank 2 and hold integers or booleans; masks to add are none.
+    """
+    for name, node in zip(program.signature.tensor_names, program.placeholders, strict=True):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() != 2 or value.is_floating_point():
+            continue
+        if name.rpartition(".")[2] == "attention_mask":
+            return node.name
+    return None
+
+
 def find_grids(
     program: Program,
     values: Sequence[Node],
@@ -83,7 +99,7 @@ def find_grids(
         scheme: per tensor.
         method: how a range follows from what was seen.
         context: gives the calibration, and takes remarks.
-        padding_mask: the input that is 0 at padding.
+        padding_mask: the input that is 0 at padding; "auto" looks for one.
 
     Raises:
         RequirementError: there is no calibration.
@@ -95,6 +111,10 @@ def find_grids(
     found: dict[str, Grid] = {}
     statistics = None
     if fresh:
+        if padding_mask == AUTO:
+            padding_mask = padding_input(program)
+            if padding_mask is not None:
+                context.remark(f"ranges leave out padding, where {padding_mask} is 0")
         statistics = observe(
             program, fresh, context.calibration, padding_mask=padding_mask, tell=context.tell
         )

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from planish.ir.capture import capture
 from planish.ir.execute import run
 from planish.ir.ops import aten
 from planish.ir.program import Program
@@ -70,7 +71,8 @@ def test_outputs_are_off_by_no_more_than_their_operands(seed: int, mode: str, bi
     x = normal(6, 7, seed=seed)
     program = captured(lambda m, x: m.fc(x), x, fc=layer)
     context = PassContext(calibration=spool([(x,)], program))
-    pass_ = Quantize(mode=mode, range="minmax")  # type: ignore[arg-type]
+    range_ = "minmax" if mode == "static" else "mse"  # the default, which the others ignore
+    pass_ = Quantize(mode=mode, range=range_)  # type: ignore[arg-type]
     result = run_checked(program, pass_, context)
     w = layer.weight.detach()
     dw = w.abs().amax(1, keepdim=True) / 127 / 2
@@ -274,6 +276,29 @@ def test_ranges_leave_out_padding() -> None:
         errors.append(decibels(y, z))
     assert errors[0] < 10
     assert errors[1] > 35
+
+
+def test_padding_is_found_by_the_name_of_its_mask() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = linear()
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.fc(x)  # type: ignore[no-any-return]
+
+    x, mask = normal(2, 6, 4), torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+    x[mask == 0] = 1000.0
+    scales = {}
+    for name, given_mask in (("whole", mask), ("to add", mask.float())):
+        program = capture(Masked().eval(), (x, given_mask))
+        context: Any = calibrated(program)
+        context.calibration = spool([(x, given_mask)], program)
+        result = run_checked(program, Quantize(range="minmax"), context).program
+        scales[name] = float(result.constants["x_scale"])  # type: ignore[arg-type]
+        told = "ranges leave out padding, where attention_mask is 0" in context.remarks
+        assert told == (name == "whole")
+    assert scales["whole"] < 0.1 < 3 < scales["to add"]
 
 
 def test_relu6_leaves_a_range_that_needs_no_clamp() -> None:
