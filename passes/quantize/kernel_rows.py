@@ -77,7 +77,7 @@ def _matrices(node: Node, operands: Operands, position: int, program: Program) -
     if operands.kind == "convolution":
         if w.shape[1] == 1:
             return None
-        grouped = w.unflatten(0, (int(argument(node, "groups")), -1))
+        grouped: Tensor = w.unflatten(0, (int(argument(node, "groups")), -1))
         return grouped.movedim(2, -1).flatten(2)
     if operands.kind == "product":
         if weight.axis != w.dim() - 1:

@@ -67,7 +67,8 @@ def pair_sums(x: Tensor, w: Tensor) -> Tensor:
     products = x.to(torch.int32)[:, None] * w.to(torch.int32)[None]
     if products.shape[-1] % 2:
         products = torch.nn.functional.pad(products, (0, 1))
-    return products.unflatten(-1, (-1, 2)).sum(-1, dtype=torch.int32)
+    pairs: Tensor = products.unflatten(-1, (-1, 2)).sum(-1, dtype=torch.int32)
+    return pairs
 
 
 def saturating_product(x: Tensor, w: Tensor) -> tuple[Tensor, int]:

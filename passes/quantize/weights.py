@@ -113,7 +113,8 @@ def group_sums(x: Tensor, scheme: QuantScheme) -> Tensor:
     if missing:
         shape = [*x.shape[:axis], missing, *x.shape[axis + 1 :]]
         x = torch.cat([x, x.new_zeros(shape)], axis)
-    return x.unflatten(axis, (-1, scheme.block_size)).sum(axis + 1)
+    blocks: Tensor = x.unflatten(axis, (-1, scheme.block_size)).sum(axis + 1)
+    return blocks
 
 
 def weight_scheme(

@@ -150,7 +150,7 @@ def test_wholly_wrong_schemes_are_refused() -> None:
         ({"dtype": "int4", "bits": 5}, "cannot use 5 bits"),
     ):
         with pytest.raises(ValueError, match=says):
-            QuantScheme(**options)  # type: ignore[arg-type]
+            QuantScheme(**options)
 
 
 def test_schemes_say_what_they_are() -> None:

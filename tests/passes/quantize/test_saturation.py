@@ -91,7 +91,7 @@ def small_net() -> Program:
 
     def f(m: Any, x: Tensor) -> Tensor:
         y = m.c(m.b(torch.relu(m.a(x))))
-        return m.d(y.mean((2, 3)))  # type: ignore[no-any-return]
+        return m.d(y.mean((2, 3)))
 
     torch.manual_seed(0)
     return captured(f, normal(2, 4, 8, 8), **parts)
@@ -116,8 +116,13 @@ def test_the_rows_of_every_product_give_its_result() -> None:
             for x, w in zip(rows, mixed.weight, strict=True)
         ]
         weight, bias = argument(mixed.node, "weight"), argument(mixed.node, "bias")
-        real = torch.cat(sums, 1) * scale * program.constant(weight.args[1])
-        real += program.constant(bias.args[0]) * program.constant(bias.args[1])  # type: ignore[operator]
+        w_scale, b_codes, b_scale = (
+            program.constant(v) for v in (weight.args[1], bias.args[0], bias.args[1])
+        )
+        assert w_scale is not None
+        assert b_codes is not None
+        assert b_scale is not None
+        real = torch.cat(sums, 1) * scale * w_scale + b_codes * b_scale
         wanted = values[mixed.node]
         if is_convolution(mixed.node):
             wanted = wanted.movedim(1, -1).flatten(0, -2)
