@@ -151,7 +151,7 @@ def find_weights(
         _, out_axis, in_axis = _READERS[wanted[0].target]
         found.append(Weight(name, value, tuple(sources), tuple(wanted), out_axis, in_axis))
     found.sort(key=lambda w: order[w.readers[0]])
-    return found, [*refusals, *_computed(program, where)]
+    return found, [*refusals, *_computed(program, convolutions, where)]
 
 
 def _constants(program: Program) -> dict[str, list[Node]]:
@@ -186,16 +186,18 @@ def _problem(
     return weight_problem(value)
 
 
-def _computed(program: Program, where: Where) -> list[Refusal]:
-    """Linears and tables that are not rounded because their weight is no float constant."""
+def _computed(program: Program, convolutions: bool, where: Where) -> list[Refusal]:
+    """What is not rounded because its weight is no float constant."""
     found = []
     for node in program.operators:
-        if not is_op(node, aten.linear.default, aten.embedding.default) or not where.takes(node):
+        entry = _READERS.get(node.target)
+        if entry is None or not where.takes(node):
             continue
-        source = node.args[_READERS[node.target][0]]
-        if program.constant(source) is None:
-            done = is_op(source, DEQUANTIZE)
-            reason = QUANTIZED if done else "its weight is computed: fold-constants may help"
+        source = node.args[entry[0]]
+        if is_op(source, DEQUANTIZE) and (convolutions or node.target not in CONVOLUTIONS):
+            found.append(Refusal(_RULE, node.name, QUANTIZED, source_line(node)))
+        elif is_op(node, aten.linear.default) and program.constant(source) is None:
+            reason = "its weight is computed: fold-constants may help"
             found.append(Refusal(_RULE, node.name, reason, source_line(node)))
     return found
 
