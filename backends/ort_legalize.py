@@ -10,6 +10,7 @@ and replayed from there.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ from torch.fx import Node
 import planish.ir.operators  # noqa: F401 - registers torch.ops.planish
 from planish.backends.base import ExportOptions
 from planish.backends.ort_stem import CHANNEL_STEP
+from planish.backends.ort_weights import LONG_BLOCK
 from planish.ir.errors import RecipeError
-from planish.ir.ops import is_op
+from planish.ir.ops import argument, is_op, is_view
 from planish.ir.program import Program
 
 if TYPE_CHECKING:
@@ -64,6 +66,33 @@ def _is_integer_stem(node: Node) -> bool:
     return isinstance(channels, int) and channels % CHANNEL_STEP != 0
 
 
+def _is_of_integer_product(node: Node) -> bool:
+    """Whether what a node takes first is a product of integers, perhaps shown in another form."""
+    source = node.args[0]
+    while isinstance(source, Node) and source.args and not is_op(source, *_PRODUCTS):
+        if not (is_view(source.target) or is_op(source, *_PARTS, operator.getitem)):
+            return False
+        source = source.args[0]
+    if not isinstance(source, Node) or not is_op(source, *_PRODUCTS):
+        return False
+    factors = source.args[1:3] if is_op(source, aten.addmm.default) else source.args[:2]
+    return all(is_op(n, torch.ops.planish.dequantize.default) for n in factors)
+
+
+def _is_weight_in_blocks(node: Node) -> bool:
+    """Whether a dequantized constant is a weight of 4 bits in blocks."""
+    bits, block = str(argument(node, "dtype"))[-1], argument(node, "block_size")
+    return bits == "4" and 0 < block < LONG_BLOCK and _is_constant(node.args[0])
+
+
+def _is_constant(value: object) -> bool:
+    return isinstance(value, Node) and value.op == "get_attr"
+
+
+_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+_PARTS = (
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+)  # fmt: skip
 _CONVOLUTIONS = (
     aten.conv1d.default,
     aten.conv2d.default,
@@ -82,6 +111,21 @@ CHOICES: tuple[Choice, ...] = (
         "rotary", "operator", "primitives", (torch.ops.planish.rotary_embedding.default,), opset=23
     ),
     Choice("stem", "plain", "merged", _CONVOLUTIONS, where=_is_integer_stem),
+    Choice(
+        "integer-attention",
+        "separate",
+        "packed",
+        (aten.scaled_dot_product_attention.default,),
+        where=_is_of_integer_product,
+    ),
+    Choice("parts", "apart", "split", _PARTS, where=_is_of_integer_product),
+    Choice(
+        "weights",
+        "branch",
+        "integers",
+        (torch.ops.planish.dequantize.default,),
+        where=_is_weight_in_blocks,
+    ),
 )
 
 

@@ -14,7 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,60 @@ class _Stem(nn.Module):
         return result
 
 
+class _IntegerAttention(nn.Module):
+    """Self-attention on codes: three products, or one whose result is split."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        self.joint = joint
+        codes = torch.randint(-127, 128, (_REPEATS, 3 * 384, 384), dtype=torch.int8)
+        self.weights = nn.ParameterList(
+            nn.Parameter(w.clone(), requires_grad=False)
+            for layer in codes
+            for w in ([layer] if joint else layer.chunk(3))
+        )
+        width = len(self.weights[0])
+        self.scale = nn.Buffer(torch.full((width,), 2.0**-11))
+        self.zero = nn.Buffer(torch.zeros(width, dtype=torch.int8))
+        self.step = nn.Buffer(torch.tensor(2.0**-5))
+        self.middle = nn.Buffer(torch.tensor(128, dtype=torch.uint8))
+        self.bias = nn.Buffer(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, dq = torch.ops.planish.quantize, torch.ops.planish.dequantize
+        step = (self.step, self.middle)
+        each = len(self.weights) // _REPEATS
+        for layer in range(_REPEATS):
+            y = dq(q(x, *step, dtype="uint8"), *step, dtype="uint8")
+            made = [
+                F.linear(y, dq(w, self.scale, self.zero, dtype="int8", axis=0), self.bias)
+                for w in self.weights[layer * each : (layer + 1) * each]
+            ]
+            parts = made[0].chunk(3, -1) if self.joint else made
+            heads = [part.view(1, 128, 12, 32).transpose(1, 2) for part in parts]
+            y = F.scaled_dot_product_attention(*heads)
+            x = x + y.transpose(1, 2).reshape(1, 128, 384)
+        return x
+
+
+class _Weights(nn.Module):
+    """Linears with weights of 4 bits in blocks of 32, on 128 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        codes = torch.randint(0, 16, (_REPEATS, 384, 384), dtype=torch.uint8)
+        self.codes = nn.ParameterList(nn.Parameter(c.clone(), requires_grad=False) for c in codes)
+        self.scale = nn.Buffer(torch.full((384, 12), 2.0**-6))
+        self.zero = nn.Buffer(torch.full((384, 12), 8, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dq = torch.ops.planish.dequantize
+        for codes in self.codes:
+            weight = dq(codes, self.scale, self.zero, dtype="uint4", axis=1, block_size=32)
+            x = F.linear(x, weight)
+        return x
+
+
 _SUBJECTS: dict[str, Callable[[], nn.Module]] = {
     "residual": _Residual,
     "linear": _Linear,
@@ -118,6 +172,9 @@ _SUBJECTS: dict[str, Callable[[], nn.Module]] = {
     "rms-norm": _RmsNorm,
     "rotary": _Rotary,
     "stem": _Stem,
+    "integer-attention": partial(_IntegerAttention, joint=False),
+    "parts": partial(_IntegerAttention, joint=True),
+    "weights": _Weights,
 }
 _SHAPES = {"stem": (1, 3, 224, 224)}  # of the input; others take 128 tokens of 384 features
 
