@@ -65,7 +65,7 @@ def _conv(e: Emitter, node: Node) -> Any:  # noqa: ANN401
         pads = [t // 2 for t in totals] + [t - t // 2 for t in totals]
     else:
         pads = per_axis(0 if padding == "valid" else padding, spatial) * 2
-    unpadded = without_padding(e, _node(node.args[0]))
+    unpadded = without_padding(e, node)
     if unpadded is not None and len(unpadded[1]) == spatial:
         (x, pairs), added = unpadded, False
         pads = [

@@ -52,16 +52,18 @@ def image_padding(node: object) -> Pairs | None:
     return pairs[2:]
 
 
-def without_padding(e: Emitter, x: Node) -> tuple[ir.Value, Pairs] | None:
+def without_padding(e: Emitter, node: Node) -> tuple[ir.Value, Pairs] | None:
     """The operand of a convolution before it was padded, and by how much it was.
 
     Args:
         e: the emitter.
-        x: the operand as the program has it.
+        node: the convolution.
 
     Returns:
         None where it was not padded with zeros along spatial axes only.
     """
+    x = node.args[0]
+    assert isinstance(x, Node)
     pairs = image_padding(x)
     if pairs is not None:
         return e.value(x.args[0]), pairs  # type: ignore[arg-type]
@@ -81,7 +83,10 @@ def without_padding(e: Emitter, x: Node) -> tuple[ir.Value, Pairs] | None:
     grid = [stored(e, n, k.reshape(())) for n, k in zip(x.args[1:3], known, strict=True)]  # type: ignore[arg-type, union-attr]
 
     def make() -> ir.Value:
-        return e.op("DequantizeLinear", e.op("QuantizeLinear", e.value(source), *grid), *grid)
+        e.at(x)  # these are its operators, wherever they are written
+        result = e.op("DequantizeLinear", e.op("QuantizeLinear", e.value(source), *grid), *grid)
+        e.at(node)
+        return result
 
     return e.cached(("unpadded", source, *x.args[1:3]), make), pairs
 

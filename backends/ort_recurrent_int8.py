@@ -22,6 +22,7 @@ from planish.backends.onnx_view import Table
 from planish.backends.ort_codes import MICROSOFT
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 aten = torch.ops.aten
@@ -54,6 +55,42 @@ def _operands(e: Emitter, layer: Layer, rows: Rows, name: str) -> list[ir.Value]
         e.tensor(scale, f"{label}.scale"),
         e.tensor(torch.zeros(scale.shape, dtype=torch.int8), f"{label}.zero"),
     ]
+
+
+def on_real_states(graph: onnx.GraphProto) -> None:
+    """Write the kernel's layers as LSTM on the numbers that its codes stand for.
+
+    A program does not say how the kernel rounds input and state. What can be proved is what it
+    multiplies by: codes, scales and their layout.
+    """
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type == "DynamicQuantizeLSTM":
+            graph.node.extend(_plain(node))
+        else:
+            graph.node.append(node)
+
+
+def _plain(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    from onnx import TensorProto, helper
+
+    given = [*node.input]
+    made: list[onnx.NodeProto] = []
+
+    def add(operator: str, *inputs: str, **attributes: Any) -> str:  # noqa: ANN401
+        name = f"{node.output[0]}.plain{len(made)}"
+        made.append(helper.make_node(operator, inputs, [name], **attributes))
+        return name
+
+    axis = add("Constant", value_ints=[1])
+    for position, scale in ((1, given[8]), (2, given[10])):
+        codes = add("Cast", given[position], to=TensorProto.FLOAT)
+        numbers = add("Mul", codes, add("Unsqueeze", scale, axis))
+        given[position] = add("Transpose", numbers, perm=[0, 2, 1])
+    plain = helper.make_node("LSTM", given[:8], list(node.output))
+    plain.attribute.extend(node.attribute)
+    return [*made, plain]
 
 
 ORT_RECURRENT: Table = {aten.lstm.input: _lstm}

@@ -33,6 +33,7 @@ from torch.fx import Node
 import planish.ir.quant_ops  # noqa: F401 - registers torch.ops.planish
 from planish.backends.base import Stepwise
 from planish.backends.onnx_view import View, dtype_of
+from planish.backends.ort_recurrent_int8 import on_real_states
 from planish.backends.ort_run import Session
 from planish.ir.compare import BOUNDS, difference
 from planish.ir.errors import ExportError
@@ -229,6 +230,7 @@ class _Copies:
         model = self.emission.model.__class__()
         model.CopyFrom(self.emission.model)
         _on_real_rows(model.graph)
+        on_real_states(model.graph)
         del model.graph.output[:]
         for name, value in values.items():
             output = model.graph.output.add(name=name)
