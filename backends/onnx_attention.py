@@ -40,7 +40,7 @@ def _attention(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     scale = 1 / math.sqrt(int(q[-1])) if scale is None else float(scale)
     causal = bool(argument(node, "is_causal"))
     mask = argument(node, "attn_mask")
-    bias, alive = (None, None) if mask is None else _bias_of_mask(e, mask, dtype)
+    bias, alive = (None, None) if mask is None else bias_of_mask(e, mask, dtype)
     if causal and (q[2] != k[2] or e.style.attention != "operator"):
         bias, causal = _causal_bias(e, q, k, dtype), False
     if q[1] != k[1] and not (isinstance(q[1], int) and isinstance(k[1], int)):
@@ -49,7 +49,7 @@ def _attention(e: Emitter, node: Node) -> Any:  # noqa: ANN401
         result = _as_operator(e, node, (query, key, value), bias, scale, causal)
     else:
         result = _as_products(e, node, (query, key, value), bias, scale)
-    return result if alive is None else _silence(e, result, alive)
+    return result if alive is None else silence(e, result, alive)
 
 
 def _unrepeated(key: Node, value: Node) -> tuple[Node, Node]:
@@ -99,7 +99,7 @@ def _as_node(value: Any) -> Node:  # noqa: ANN401
 # -- masks ------------------------------------------------------------------------------------
 
 
-def _bias_of_mask(e: Emitter, mask: Node, dtype: torch.dtype) -> tuple[View, View | None]:
+def bias_of_mask(e: Emitter, mask: Node, dtype: torch.dtype) -> tuple[View, View | None]:
     """The mask as numbers to add, and which queries have any key at all (1 or 0).
 
     Both are computed once however many layers share the mask. A row that is minus infinity
@@ -156,7 +156,7 @@ def _causal_bias(e: Emitter, q: Dims, k: Dims, dtype: torch.dtype) -> View:
     return e.cached(("causal", dims, dtype), make)
 
 
-def _silence(e: Emitter, result: View, alive: View) -> View:
+def silence(e: Emitter, result: View, alive: View) -> View:
     """Zero the rows of queries without keys. ``alive`` is [B or 1, H or 1, S or 1, 1]."""
     if result.perm == _HEADS_FIRST and (len(alive.dims) < 3 or alive.dims[-3] == 1):
         # The base is [B, S, H * D]: the mask is the same for all heads, so it has no such axis.

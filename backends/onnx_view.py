@@ -69,6 +69,10 @@ class Style:
             channels of one, see ``ort_stem``.
         weights: how ONNX Runtime multiplies float values by weights in blocks: "branch" or
             "integers"; see ``ort_weights``.
+        integer_attention: "separate" products of codes for queries, keys and values, or "packed"
+            into QAttention; see ``ort_attention_int8``.
+        parts: a product of codes that is split along its columns: one product for each part
+            ("apart"), or one and a Split ("split").
     """
 
     attention: str = "matmul"
@@ -79,6 +83,8 @@ class Style:
     weights: str = "branch"
     integers: str = "standard"
     stem: str = "plain"
+    integer_attention: str = "separate"
+    parts: str = "apart"
 
 
 def dtype_of(value: Any) -> torch.dtype:  # noqa: ANN401

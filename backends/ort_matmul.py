@@ -25,7 +25,7 @@ keys and values of 384 features and their attention).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,35 +154,39 @@ def bias_of(e: Emitter, bias: Node | None) -> Tensor | ir.Value | None:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of codes by a constant weight, kept so that parts of it can be taken.
+    """Columns of a product of codes by a constant weight, before they are written.
 
     Attributes:
         left: the left operand.
-        right: the weight.
-        bias: [out], or None.
+        right: the whole weight.
+        bias: of all columns, or None.
         bias_name: in the file.
+        start: the first column.
+        stop: the column after the last.
     """
 
     left: Left
     right: Right
     bias: Tensor | ir.Value | None
     bias_name: str
+    start: int
+    stop: int
 
-    def emit(self, e: Emitter, start: int = 0, stop: int | None = None) -> ir.Value:
-        """Write the columns from ``start`` to ``stop``."""
-        r = self.right
-        columns = r.codes.shape[1]
-        stop = columns if stop is None else stop
-        part = "" if (start, stop) == (0, columns) else f".{start}-{stop}"
+    def columns(self, start: int, stop: int) -> Product:
+        """Some of these columns, counted from the first of them."""
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+    def emit(self, e: Emitter) -> ir.Value:
+        """Write the kernel."""
+        r, (start, stop) = self.right, (self.start, self.stop)
+        part = "" if (start, stop) == (0, r.codes.shape[1]) else f".{start}-{stop}"
 
         def held(tensor: Tensor, name: str) -> ir.Value:
             piece = tensor if tensor.dim() == 0 else tensor[..., start:stop]
-            return e.cached(
-                ("product", name, part, tuple(tensor.shape)), lambda: e.tensor(piece, name + part)
-            )
+            key = ("product", name, part, tuple(tensor.shape))
+            return e.cached(key, lambda: e.tensor(piece, name + part))
 
-        bias = self.bias
-        return e.op(
+        value = e.op(
             "MatMulIntegerToFloat",
             self.left.codes,
             held(r.codes, r.names[0]),
@@ -190,9 +194,17 @@ class Product:
             held(r.scale, r.names[1]),
             self.left.zero,
             None if r.zero is None else held(r.zero, r.names[2]),
-            held(bias, self.bias_name) if isinstance(bias, Tensor) else bias,
+            held(self.bias, self.bias_name) if isinstance(self.bias, Tensor) else self.bias,
             domain=DOMAIN,
         )
+        e.cached(("product of", value), lambda: self)
+        return value
+
+
+def product_behind(e: Emitter, value: ir.Value) -> Product | None:
+    """The product that a value is, if it is one."""
+    found: Product | None = e.cached(("product of", value), lambda: None)
+    return found
 
 
 def product_of(
@@ -214,12 +226,12 @@ def product_of(
     left = left_of(e, x) if right is not None else None
     if left is None or right is None:
         return None
-    product = Product(left, right, bias_of(e, bias), "" if bias is None else _name(bias))
+    name = "" if bias is None else _name(bias)
+    product = Product(left, right, bias_of(e, bias), name, 0, right.codes.shape[1])
     out = dims_of(node.meta["val"])
     value = product.emit(e)
     dims = (left.view.base_dims[0], out[-1])
     e.describe(value, node.meta["val"], dims)
-    e.cached(("product of", value), lambda: product)
     return View(value, dims, out)
 
 
@@ -315,14 +327,16 @@ def _parts(e: Emitter, node: Node) -> list[Any] | None:
     split = splits.pop() if len(splits) == 1 else None
     if split is None or split.op_type != "Split" or len(split.outputs) != len(views):
         return pieces
-    product: Product | None = e.cached(("product of", split.inputs[0]), lambda: None)
-    if product is None or split.attributes["axis"].as_int() != -1:
+    product = product_behind(e, split.inputs[0])
+    if e.style.parts != "apart" or product is None or split.attributes["axis"].as_int() != -1:
+        return pieces
+    if product.bias is not None and not isinstance(product.bias, Tensor):
         return pieces
     made: list[Any] = []
     start = 0
     for view in views:
         stop = start + int(view.base_dims[-1])
-        made.append(view.with_base(product.emit(e, start, stop)))
+        made.append(view.with_base(product.columns(start, stop).emit(e)))
         start = stop
     return made
 
