@@ -47,6 +47,8 @@ REGISTRY: Mapping[str, str] = {
     "quantize": "planish.passes.quantize.quantize:Quantize",
     "keep-float": "planish.passes.quantize.keep_float:KeepFloat",
     "smooth-quant": "planish.passes.equalize.smooth_quant:SmoothQuant",
+    "migrate-gamma": "planish.passes.equalize.migrate_gamma:MigrateGamma",
+    "split-outliers": "planish.passes.rounding.split_outliers:SplitOutliers",
     "equalize-layers": "planish.passes.equalize.equalize_layers:EqualizeLayers",
     "adaround": "planish.passes.rounding.adaround:AdaRound",
     "correct-bias": "planish.passes.rounding.correct_bias:CorrectBias",

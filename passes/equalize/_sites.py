@@ -8,16 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import Argument, map_arg
 
 from planish.ir.ops import argument, aten, is_op
 from planish.ir.program import Program
-from planish.ir.rewriter import Rewriter
 from planish.passes.fold._axes import axis_after, only_moves, producer, value_users
-from planish.passes.fold._layers import with_arguments
 from planish.passes.rounding.targets import Weight
 
-_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _VALUE_OPERAND = {aten.addmm.default: 1}
 
 
@@ -120,7 +117,7 @@ def _reached(user: Node, value: Node, by_reader: Mapping[Node, Weight]) -> list[
 
 def _maker(root: Node) -> Node | None:
     """The norm or linear that can take the inverse scale, whatever else reads ``root``."""
-    if is_op(root, *_NORMS):
+    if is_op(root, *NORMS):
         return root if len(argument(root, "normalized_shape")) == 1 else None
     if is_op(root, aten.linear.default):
         return root
@@ -192,54 +189,3 @@ def _swapped(node: object) -> Node | None:
     if is_op(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1, 3]:  # type: ignore[arg-type]
         return node.args[0]  # type: ignore[return-value]
     return None
-
-
-# -- edits ----------------------------------------------------------------------------------------
-
-
-def scale_maker(rewriter: Rewriter, maker: Node, factor: Tensor) -> None:
-    """Multiply the channels that a norm or linear gives by ``factor`` [C], in its own numbers."""
-    rewriter.insert_before(maker)
-    program = rewriter.program
-    weight, bias = program.constant(argument(maker, "weight")), None
-    if not is_op(maker, aten.rms_norm.default):
-        bias = program.constant(argument(maker, "bias"))
-    exact = factor.double()
-    linear = is_op(maker, aten.linear.default)
-    new: dict[str, Argument] = {}
-    if weight is not None:
-        scaled = weight.double() * (exact[:, None] if linear else exact)
-        name = str(argument(maker, "weight").target)
-        new["weight"] = rewriter.constant(scaled.to(weight.dtype), name, like=maker)
-    else:
-        name = f"{maker.name}.weight"
-        new["weight"] = rewriter.constant(factor.to(maker.meta["val"].dtype), name, like=maker)
-    if bias is not None:
-        scaled = (bias.double() * exact).to(bias.dtype)
-        name = str(argument(maker, "bias").target)
-        new["bias"] = rewriter.constant(scaled, name, like=maker)
-    args, kwargs = with_arguments(maker, new)
-    rewriter.set_args(maker, args, kwargs)
-
-
-def scale_inputs(rewriter: Rewriter, product: Node, weight: Weight, factor: Tensor) -> None:
-    """Multiply the weights of each input channel of a product by ``factor`` [I]."""
-    rewriter.insert_before(product)
-    scaled = weight.from_rows((weight.rows().double() * factor.double()).to(weight.value.dtype))
-    new = rewriter.constant(scaled, weight.name, like=weight.sources[0])
-    redirect(rewriter, product, weight.sources, new)
-
-
-def multiply(rewriter: Rewriter, root: Node, factor: Tensor, name: str) -> Node:
-    """``root * factor`` [C], right behind ``root``."""
-    rewriter.insert_before(root.next)
-    constant = rewriter.constant(
-        factor.to(root.meta["val"].dtype), f"{root.name}.{name}", like=root
-    )
-    return rewriter.call(aten.mul.Tensor, [root, constant], like=root)
-
-
-def redirect(rewriter: Rewriter, user: Node, old: Sequence[Node], new: Node) -> None:
-    """Let one user read ``new`` wherever it read one of ``old``."""
-    args, kwargs = map_arg((user.args, dict(user.kwargs)), lambda n: new if n in old else n)
-    rewriter.set_args(user, args, kwargs)

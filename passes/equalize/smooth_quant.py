@@ -30,16 +30,10 @@ from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
+from planish.passes.equalize._edits import scale_site
 from planish.passes.equalize._rows import Rows, sample_rows
 from planish.passes.equalize._scales import Choice, search, smooth_scale
-from planish.passes.equalize._sites import (
-    Site,
-    find_sites,
-    multiply,
-    redirect,
-    scale_inputs,
-    scale_maker,
-)
+from planish.passes.equalize._sites import Site, find_sites
 from planish.passes.quantize.where import EVERYWHERE, Where
 from planish.passes.rounding.targets import Weight, find_weights
 
@@ -146,23 +140,6 @@ class SmoothQuant(Pass):
             gain = f"{found.name} would gain {found.gain_db:.2f} dB"
             return f"{gain}, less than {self.min_gain_db:g}"
         return found
-
-
-def scale_site(rewriter: Rewriter, site: Site, scale: Tensor) -> None:
-    """Divide a value by ``scale`` [I] and multiply what reads it."""
-    root = site.root
-    if site.maker is not None:
-        scale_maker(rewriter, site.maker, 1 / scale)
-        if site.outer:
-            restored = multiply(rewriter, root, scale, "scale")
-            for user in site.outer:
-                redirect(rewriter, user, [root], restored)
-    else:
-        divided = multiply(rewriter, root, 1 / scale, "inverse_scale")
-        for user in site.inner:
-            redirect(rewriter, user, [root], divided)
-    for product, weight in zip(site.products, site.weights, strict=True):
-        scale_inputs(rewriter, product, weight, scale)
 
 
 def _note(site: Site, choice: Choice) -> str:
