@@ -73,9 +73,9 @@ def _widen(rewriter: Rewriter, node: Node) -> None:
         return torch.float32 if argument is torch.bfloat16 else argument
 
     value = node.meta["val"]
-    args, kwargs = map_arg(node.args, wide), map_arg(node.kwargs, wide)
-    args = tuple(plain(a) for a in args)
-    made = rewriter.call(node.target, args, {k: plain(v) for k, v in kwargs.items()}, like=node)
+    args: Any = map_arg(node.args, wide)
+    kwargs: Any = {k: plain(v) for k, v in map_arg(dict(node.kwargs), wide).items()}  # type: ignore[union-attr]
+    made = rewriter.call(node.target, tuple(plain(a) for a in args), kwargs, like=node)
     if not isinstance(value, (tuple, list)):
         result = made
         if _is_brain(value):
@@ -84,6 +84,6 @@ def _widen(rewriter: Rewriter, node: Node) -> None:
         return
     for user in list(node.users):
         part = rewriter.call(user.target, (made, user.args[1]), like=user)
-        if _is_brain(value[user.args[1]]):
+        if _is_brain(user.meta["val"]):
             part = rewriter.call(aten.to.dtype, (part, torch.bfloat16), like=user)
         rewriter.replace(user, part)

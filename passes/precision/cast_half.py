@@ -185,9 +185,8 @@ class _Caster:
 
     def cast(self, node: Node) -> None:
         """Compute a node in the format, and give its users float32 back."""
-        args, kwargs = (
-            map_arg(a, lambda n: self._lower(n, node)) for a in (node.args, node.kwargs)
-        )
+        args: Any = map_arg(node.args, lambda n: self._lower(n, node))
+        kwargs: Any = map_arg(node.kwargs, lambda n: self._lower(n, node))
         made = self.rewriter.call(node.target, args, kwargs, like=node)
         if isinstance(node.meta["val"], (tuple, list)):
             for user in list(node.users):

@@ -134,7 +134,8 @@ def _try(found: Ranges, node: Node, env: Mapping[Node, Any], dtype: torch.dtype)
     def lowered(n: Node) -> Any:  # noqa: ANN401 - whatever it is
         return saturated(env[n], dtype) if is_real(n.meta.get("val")) else env[n]
 
-    args, kwargs = (map_arg(a, lowered) for a in (node.args, node.kwargs))
+    args: Any = map_arg(node.args, lowered)
+    kwargs: Any = map_arg(node.kwargs, lowered)
     try:
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, NotImplementedError, TypeError, ValueError, OverflowError) as error:

@@ -72,7 +72,8 @@ def test_the_file_says_on_which_processors_its_answers_hold(largest: float, tmp_
     result = optimized()
     for name, codes in list(result.program.constants.items()):
         if name.endswith("weight.q"):
-            result.program.constants[name] = (codes * largest).to(torch.int8)
+            assert isinstance(codes, Tensor)
+            result.program.constants[name] = codes.float().mul(largest).to(torch.int8)
     result.export(tmp_path / "m.onnx")
     found = json.loads(metadata(tmp_path / "m.onnx")["planish.instruction_sets"])
     assert ("VNNI" in found[0]) == (largest == 1.0)

@@ -52,7 +52,7 @@ def planted(
     rewriter = Rewriter(program, "planted")
     for node in [n for n in program.operators if is_op(n, *LAYERS)]:
         with rewriter.site("planted", node):
-            x = node.args[0]
+            x: Any = node.args[0]
             pair = _dynamic(rewriter, x) if dynamic else _pair(rewriter, x, ranges[x])
             weight = _weight(rewriter, program, node)
             rewriter.set_args(node, (pair, weight, *node.args[2:]))
@@ -62,8 +62,7 @@ def planted(
                 result = _pair(rewriter, value, ranges[value])
                 ranges[result] = ranges[value]
                 for user in [u for u in value.users if u is not result.args[0]]:
-                    args = [result if a is value else a for a in user.args]
-                    rewriter.set_args(user, args)
+                    rewriter.set_args(user, [result if a is value else a for a in user.args])
     program = rewriter.finish()
     verify(program)
     return program

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from planish.tools.bench import real_inputs, real_nets
+from planish.tools.bench.fetch import locate
 from planish.tools.bench.quantization import judges
 from planish.tools.bench.quantization.digits import digit_batches
 from planish.tools.bench.real_models import real_model
+from planish.tools.bench.torchvision_shim import import_timm
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 Judge: TypeAlias = "Callable[[Sequence[Inputs], Sequence[Tensor], Sequence[Tensor]], judges.Scores]"
@@ -70,7 +72,7 @@ class Case:
 
 def _news_sentences() -> list[str]:
     """Sentences of gensim's news, in order, of 4 words or more."""
-    path = real_inputs.locate("gensim", "gensim/test/test_data/lee_background.cor")
+    path = locate("gensim", "gensim/test/test_data/lee_background.cor")
     text = path.read_text(encoding="utf-8").replace("\n", " ")
     return [s for s in re.split(r"(?<=[.!?])\s+", text) if len(s.split()) >= 4]
 
@@ -128,19 +130,19 @@ def crops(pictures: slice, each: int, mean_std: real_inputs.MeanStd, batch: int)
 _CALIBRATING, _HELD = slice(0, 10), slice(10, 20)
 
 
-def _picture_parts(
-    mean_std: real_inputs.MeanStd, held_each: int = 20
-) -> dict[str, Callable[[], Any]]:
-    return {
+def _pictures(mean_std: real_inputs.MeanStd, held_each: int = 20, **fields: Any) -> Case:  # noqa: ANN401 - those of Case
+    """A case whose data are crops; ``fields`` may say otherwise."""
+    parts: dict[str, Any] = {
         "timed": lambda: crops(slice(10, 11), 1, mean_std, 1)[0],
         "calibration": lambda: crops(_CALIBRATING, 7, mean_std, 2),
         "held": lambda: crops(_HELD, held_each, mean_std, 4),
     }
+    return Case(**{**parts, **fields})
 
 
 def _timm(name: str) -> nn.Module:
     torch.manual_seed(0)
-    model: nn.Module = real_nets.import_timm().create_model(name, pretrained=False)
+    model: nn.Module = import_timm().create_model(name, pretrained=False)
     return model.eval()
 
 
@@ -208,37 +210,40 @@ CASES: tuple[Case, ...] = (
         speed=2.6,
         goals={"cosine": 0.997, "lee50_loss": -0.005},
     ),
-    Case(
+    _pictures(
+        real_inputs.LITE0_MEAN_STD,
         name="efficientnet-lite0",
         load=real_nets.load_lite0,
-        **_picture_parts(real_inputs.LITE0_MEAN_STD),
         judge=judges.classes,
         dynamic_shapes=real_model("efficientnet-lite0").dynamic_shapes,
         speed=2.15,
         goals={"sqnr_db": 17.0, "same_top1": 0.88},
     ),
-    Case(
+    _pictures(
+        real_inputs.IMAGENET_MEAN_STD,
+        4,
         name="resnet50 (random weights)",
         load=partial(_timm, "resnet50"),
-        **_picture_parts(real_inputs.IMAGENET_MEAN_STD, 4),
         dynamic_shapes=({0: Dim("batch", max=64)},),
         speed=3.3,
         goals={"sqnr_db": 36.0},
     ),
-    Case(
+    _pictures(
+        real_inputs.IMAGENET_MEAN_STD,
+        4,
         name="vit-tiny (random weights)",
         load=partial(_timm, "vit_tiny_patch16_224"),
-        **_picture_parts(real_inputs.IMAGENET_MEAN_STD, 4),
         dynamic_shapes=({0: Dim("batch", max=64)},),
         transformer=True,
         dynamic=True,
         speed=1.7,
         goals={"sqnr_db": 28.0},
     ),
-    Case(
+    _pictures(
+        real_inputs.IMAGENET_MEAN_STD,
         name="dinov2-s",
         load=_dino,
-        **{**_picture_parts(real_inputs.IMAGENET_MEAN_STD), "held": _dino_held},
+        held=_dino_held,
         judge=judges.probe,
         dynamic_shapes=({0: Dim("batch", max=64)},),
         transformer=True,
