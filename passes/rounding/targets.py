@@ -145,11 +145,10 @@ def find_weights(
             continue
         problem = _problem(value, readers, wanted, sources, program.layouts.get(name))
         if problem is not None:
-            node = wanted[0]
-            refusals.append(Refusal(_RULE, node.name, problem, source_line(node)))
+            refusals.append(Refusal(_RULE, wanted[0].name, problem, source_line(wanted[0])))
             continue
-        _, out_axis, in_axis = _READERS[wanted[0].target]
-        found.append(Weight(name, value, tuple(sources), tuple(wanted), out_axis, in_axis))
+        axes = _READERS[wanted[0].target][1:]
+        found.append(Weight(name, value, tuple(sources), tuple(wanted), *axes))
     found.sort(key=lambda w: order[w.readers[0]])
     return found, [*refusals, *_computed(program, convolutions, where)]
 
