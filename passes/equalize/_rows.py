@@ -15,6 +15,12 @@ from planish.ir.execute import run
 from planish.ir.program import Program
 from planish.passes.observe.feeding import Batches, Padding, Tell, required
 from planish.passes.observe.layout import Layout
+from planish.passes.quantize.ranges import AUTO, padding_input
+
+
+def padding_name(program: Program, option: str | None) -> str | None:
+    """The input that an option ``padding_mask`` means: "auto" takes an ``attention_mask``."""
+    return padding_input(program) if option == AUTO else option
 
 
 @dataclass
@@ -76,7 +82,7 @@ def sample_rows(
         calibration: a spool.
         size: how many rows of each value are kept at most.
         generator: draws them.
-        padding_mask: the input that is 0 at padding, whose rows are left out.
+        padding_mask: the input that is 0 at padding, whose rows are left out; or "auto".
         tell: called with (batches done, batches in all).
 
     Raises:
@@ -84,7 +90,7 @@ def sample_rows(
         PassError: a value holds NaN or infinity.
     """
     spool = required(calibration)
-    padding = Padding.of(program, padding_mask)
+    padding = Padding.of(program, padding_name(program, padding_mask))
     kept = {node: _Reservoir(padding.layout(node), size) for node in values}
     tell = tell or (lambda done, total: None)
     tell(0, len(spool))

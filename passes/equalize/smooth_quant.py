@@ -34,6 +34,7 @@ from planish.passes.equalize._edits import scale_site
 from planish.passes.equalize._rows import Rows, sample_rows
 from planish.passes.equalize._scales import Choice, search, smooth_scale
 from planish.passes.equalize._sites import Site, find_sites
+from planish.passes.quantize.ranges import AUTO
 from planish.passes.quantize.where import EVERYWHERE, Where
 from planish.passes.rounding.targets import Weight, find_weights
 
@@ -66,7 +67,8 @@ class SmoothQuant(Pass):
         min_gain_db: by how much the error of the outputs must fall; below, a second run of the pass
             would find scales again, and multiplications would not be worth their time.
         rows: how many rows of each value the search looks at.
-        padding_mask: the input that is 0 at padding, whose rows are left out.
+        padding_mask: the input that is 0 at padding, whose rows are left out; "auto" takes one
+            called attention_mask, null none.
         where: which products take part.
     """
 
@@ -81,7 +83,7 @@ class SmoothQuant(Pass):
     explicit: bool = True
     min_gain_db: float = 1.0
     rows: int = 256
-    padding_mask: str | None = None
+    padding_mask: str | None = AUTO
     where: Where = EVERYWHERE
 
     def __post_init__(self) -> None:

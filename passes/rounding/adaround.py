@@ -29,6 +29,8 @@ from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
+from planish.passes.equalize._rows import padding_name
+from planish.passes.quantize.ranges import AUTO
 from planish.passes.quantize.weights import Codes, quantize_weight
 from planish.passes.quantize.where import EVERYWHERE, Where
 from planish.passes.rounding.learned import Learning, learn_rounding, output_error
@@ -87,7 +89,8 @@ class AdaRound(Pass):
         sweeps: of coordinate descent behind it.
         damping: share of the mean of diag H that is added to it.
         convolutions: also convolutions, per channel.
-        padding_mask: the input that is 0 at padding, which is left out of H.
+        padding_mask: the input that is 0 at padding, which is left out of H; "auto" takes one
+            called attention_mask, null none.
         where: which operators.
     """
 
@@ -105,7 +108,7 @@ class AdaRound(Pass):
     sweeps: int = 2
     damping: float = 0.05
     convolutions: bool = True
-    padding_mask: str | None = None
+    padding_mask: str | None = AUTO
     where: Where = EVERYWHERE
 
     def __post_init__(self) -> None:
@@ -120,7 +123,9 @@ class AdaRound(Pass):
         weights = required([w for w in weights if w.products], refusals, self.name)
         assert context.calibration is not None  # required
         rewriter = Rewriter(program, self.name, context.sites)
-        state = Lockstep(program, context.calibration, self.padding_mask or "")
+        state = Lockstep(
+            program, context.calibration, padding_name(program, self.padding_mask) or ""
+        )
         learning = Learning(iterations=self.iterations, sweeps=self.sweeps)
         last: tuple[object, Tensor] | None = None
         for weight in weights:

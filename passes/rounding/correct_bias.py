@@ -33,8 +33,10 @@ from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
+from planish.passes.equalize._rows import padding_name
 from planish.passes.observe.feeding import Padding
 from planish.passes.quantize.operands import operands_of
+from planish.passes.quantize.ranges import AUTO
 from planish.passes.quantize.restore import quantized_operators
 from planish.passes.quantize.where import EVERYWHERE, Where
 from planish.passes.rounding.biases import NewBias, new_bias, write_bias
@@ -67,7 +69,8 @@ class CorrectBias(Pass):
 
     Attributes:
         batches: calibration batches that are looked at, at most; 0 for all.
-        padding_mask: the input that is 0 at padding, which means leave out.
+        padding_mask: the input that is 0 at padding, which means leave out; "auto" takes one
+            called attention_mask, null none.
         where: which operators.
     """
 
@@ -80,7 +83,7 @@ class CorrectBias(Pass):
     )
 
     batches: int = 0
-    padding_mask: str | None = None
+    padding_mask: str | None = AUTO
     where: Where = EVERYWHERE
 
     def run(self, program: Program, context: PassContext) -> PassResult:
@@ -103,7 +106,7 @@ class CorrectBias(Pass):
             )
         assert context.calibration is not None  # required
         spool: list[Any] = list(context.calibration)[: self.batches or None]
-        padding = Padding.of(program, self.padding_mask)
+        padding = Padding.of(program, padding_name(program, self.padding_mask))
         floating = context.float_program()
         known = {n.name for n in floating.operators if n.target in {t.target for t in targets}}
         for node in [t for t in targets if t.name not in known]:

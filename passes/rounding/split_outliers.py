@@ -31,6 +31,7 @@ from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.equalize._edits import multiply, redirect, scale_inputs
 from planish.passes.equalize._rows import sample_rows
 from planish.passes.equalize._sites import Site, find_sites
+from planish.passes.quantize.ranges import AUTO
 from planish.passes.quantize.where import EVERYWHERE, Where
 from planish.passes.rounding.targets import Weight, find_weights
 
@@ -71,7 +72,8 @@ class SplitOutliers(Pass):
     Attributes:
         threshold: features whose absolute value ever reaches it are outliers.
         max_features: values with more outliers stay as they are.
-        padding_mask: the input that is 0 at padding, where outliers do not count.
+        padding_mask: the input that is 0 at padding, where outliers do not count; "auto" takes one
+            called attention_mask, null none.
         where: which products.
     """
 
@@ -82,7 +84,7 @@ class SplitOutliers(Pass):
 
     threshold: float = 6.0
     max_features: int = 8
-    padding_mask: str | None = None
+    padding_mask: str | None = AUTO
     where: Where = EVERYWHERE
 
     def __post_init__(self) -> None:
