@@ -114,13 +114,16 @@ def _tokens(count: int, seed: int, vocabulary: int = 50257) -> list[Inputs]:
 
 
 def crops(pictures: slice, each: int, mean_std: real_inputs.MeanStd, batch: int) -> list[Inputs]:
-    """Random crops of some of foolbox's pictures, of 60 to 100 % of the shorter edge."""
+    """Random crops of some of foolbox's pictures, of 20 to 50 % of the shorter edge.
+
+    They show parts of things, so that decisions are close and quantization can turn them over.
+    """
     made = torch.Generator().manual_seed(pictures.start or 0)
     tensors = []
     for picture, _ in real_inputs.labeled_pictures()[pictures]:
         for _ in range(each):
             share, left, top = torch.rand(3, generator=made).tolist()
-            edge = round(min(picture.size) * (0.6 + 0.4 * share))
+            edge = round(min(picture.size) * (0.2 + 0.3 * share))
             x, y = round((picture.width - edge) * left), round((picture.height - edge) * top)
             crop = picture.crop((x, y, x + edge, y + edge))
             tensors.append(real_inputs.picture_tensor(crop, SIDE, mean_std))
