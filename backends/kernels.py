@@ -120,7 +120,7 @@ def _kernel(node: Node, owners: _Owners, graph: _RuntimeGraph) -> tuple[str | No
     found = graph.working(owners.running(node))
     kernels = [k for k in map(graph.integer_kernel, found) if k is not None]
     if kernels:
-        return max(kernels, key=INTEGER_KERNELS.__contains__), ""
+        return max(kernels, key=lambda kernel: kernel.split(" (")[0] in INTEGER_KERNELS), ""
     plain = [n for n in node.all_input_nodes if not _from_codes(n) and _is_data(n)]
     because = f"its operand {plain[0].name} is not quantized" if plain else ""
     if not found:
@@ -219,7 +219,7 @@ class _RuntimeGraph:
     def integer_kernel(self, node: onnx.NodeProto) -> str | None:
         """How an integer kernel is called; None for a node that computes with real numbers."""
         if node.op_type in INTEGER_KERNELS:
-            return str(node.op_type)
+            return str(node.op_type) + _packing(node)
         if node.op_type in _AGNOSTIC and self._carries_codes(node):
             return f"{node.op_type} on integers"
         return None
@@ -233,6 +233,14 @@ class _RuntimeGraph:
                 return True
             current = self.producers.get(data)
         return current is not None and _gives_codes(current)
+
+
+def _packing(node: onnx.NodeProto) -> str:
+    """How a kernel of packed weights reads them: " (4 bits, blocks of 32)"."""
+    numbers = {a.name: a.i for a in node.attribute}
+    if "bits" not in numbers or "block_size" not in numbers:
+        return ""
+    return f" ({numbers['bits']} bits, blocks of {numbers['block_size']})"
 
 
 def _gives_codes(node: onnx.NodeProto) -> bool:
