@@ -137,8 +137,21 @@ def _dequantize(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if q.dtype == "int32":
         parameters.pop()  # ONNX knows no zero point here: it is 0
         _check_no_zero(e, q)
+    if known is None and q.block and int(q.scale.meta["val"].shape[q.axis or 0]) == 1:
+        return view.with_base(_by_rows(e, q, view.base, *parameters))
     result = e.op("DequantizeLinear", view.base, *parameters, **_layout(axis, q.block))
     return view.with_base(result)
+
+
+def _by_rows(e: Emitter, q: Dequantized, codes: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:  # noqa: ANN401
+    """Dequantize values with a scale for each row, in primitive operators.
+
+    ONNX Runtime 1.32 makes MatMulIntegerToFloat of any DequantizeLinear before a MatMul, and then
+    fails when it runs, because that kernel takes one scale for all rows.
+    """
+    dtype, storage = dtype_of(q.scale.meta["val"]), INTEGERS[q.dtype][2]
+    difference = e.op("Sub", e.cast(codes, storage, dtype), e.cast(zero, storage, dtype))
+    return e.op("Mul", difference, scale)
 
 
 def _check_no_zero(e: Emitter, q: Dequantized) -> None:

@@ -119,9 +119,6 @@ def _fake_quantize(
 ) -> Tensor:
     storage = INTEGERS[dtype][2]
     torch._check(x.is_floating_point(), lambda: "quantize takes real numbers")
-    torch._check(
-        dtype != "int32", lambda: "int32 is for constant biases: nothing is quantized to it"
-    )
     torch._check(zero_point.dtype == storage, lambda: f"a zero point of {dtype} is {storage}")
     _check_parameters(x, scale, zero_point, axis, block_size)
     return torch.empty_like(x, dtype=storage, memory_format=torch.contiguous_format)

@@ -225,6 +225,7 @@ def quantize_linear(
     low, high, storage = INTEGERS[dtype]
     zero = spread(zero_point, x, axis, block_size)
     codes = (x / spread(scale, x, axis, block_size).to(x.dtype)).round() + zero.to(x.dtype)
+    codes = codes.double() if dtype == "int32" else codes  # its largest is no float32
     return codes.clamp(low, high).to(storage)
 
 
