@@ -122,6 +122,7 @@ def test_the_rows_of_every_product_give_its_result() -> None:
         assert w_scale is not None
         assert b_codes is not None
         assert b_scale is not None
+        assert scale is not None
         real = torch.cat(sums, 1) * scale * w_scale + b_codes * b_scale
         wanted = values[mixed.node]
         if is_convolution(mixed.node):
