@@ -21,8 +21,8 @@ from planish.tools.bench.real_nets import require
 Scores: TypeAlias = dict[str, float]
 Batches: TypeAlias = Sequence[tuple[Tensor, ...]]
 
-DIGITS = 800
-TRAINING = 400  # digits whose float features train the probe; the others test it
+DIGITS = 500
+TRAINING = 200  # digits whose float features train the probe; the others test it
 
 
 def _sqnr(reference: Sequence[Tensor], found: Sequence[Tensor]) -> float:
