@@ -31,7 +31,7 @@ from planish.ir.errors import RecipeError
 from planish.passes import yamlform
 from planish.passes.base import Pass
 from planish.passes.bind import bind, build
-from planish.passes.recipe_table import RECIPES
+from planish.passes.recipe_table import RECIPES as RECIPES  # also from here
 from planish.passes.registry import load_class, load_pass, name_of, pass_names
 from planish.passes.spec import (
     Entries,

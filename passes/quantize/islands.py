@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from planish.ir.ops import is_op, op_name
 from planish.ir.program import Program
+from planish.passes.quantize.between import CLAMPS, MOVERS
 from planish.passes.quantize.operands import DEQUANTIZE
-from planish.passes.quantize.regions import CLAMPS, MOVERS
 from planish.passes.quantize.restore import float_value, quantized_operators
 
 

@@ -155,7 +155,8 @@ class KeepFloat(Pass):
             )
         floating = context.float_program()
         fixed = self._fixed(program)
-        chosen, errors = fixed, ()
+        chosen = fixed
+        errors: tuple[OperatorError, ...] = ()
         if self.bounded:
             chosen, errors = self._choose(program, floating, fixed, context)
         rewriter = Rewriter(program, self.name, context.sites)

@@ -125,6 +125,7 @@ def _operands(
         elif list(weight.shape) != list(operand.meta["val"].shape):
             return f"its {slot.name} had the shape {list(weight.shape)} before it was quantized"
         elif weight is not constant:
+            assert isinstance(old, Node)  # the program before has a constant there
             found[slot] = _Weight(weight, str(old.target), operand)
     return found
 
