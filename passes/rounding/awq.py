@@ -34,7 +34,8 @@ from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
-from planish.passes.equalize._sites import Site, find_sites, scale_inputs, scale_maker
+from planish.passes.equalize._edits import scale_inputs, scale_maker
+from planish.passes.equalize._sites import Site, find_sites
 from planish.passes.observe.feeding import required as required_spool
 from planish.passes.quantize.weights import Codes
 from planish.passes.quantize.where import Where

@@ -123,3 +123,8 @@ def fitted(rows: Tensor, gram: Tensor, codes: Codes, damping: float = 0.01) -> C
         good = (solved > 0).all(1) & solved.isfinite().all(1)
         scale[here] = torch.where(good[:, None], solved, scale[here])
     return Codes(codes.codes, scale, codes.zero_point, scheme)
+
+
+def spread_rows(p: Tensor, rows: Tensor, scheme: QuantScheme) -> Tensor:
+    """A scale or zero point of a ``row_scheme`` for every element of ``[outputs, inputs]``."""
+    return spread(p, rows, *scheme.layout(rows)).expand_as(rows)

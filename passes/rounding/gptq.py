@@ -35,10 +35,10 @@ from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.quantize.weights import Codes
 from planish.passes.quantize.where import Where
-from planish.passes.rounding.clipping import clipped_ranges, fitted
+from planish.passes.rounding.clipping import clipped_ranges, fitted, spread_rows
 from planish.passes.rounding.layerwise import Factors, round_in_sequence
 from planish.passes.rounding.round_weights import WeightType
-from planish.passes.rounding.targets import find_weights, required, spread_rows
+from planish.passes.rounding.targets import find_weights, required
 
 _BATCH = 128  # columns between two products with the rest of the matrix
 
@@ -47,7 +47,8 @@ def inverse_factor(h: Tensor, damping: float) -> Tensor:
     """``U`` of ``(H + d I)^-1 = U^T U``, upper triangular, float64; H has no dead inputs."""
     damped = h + torch.eye(len(h), dtype=h.dtype) * (damping * h.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def sweep(

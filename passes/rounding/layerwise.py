@@ -99,8 +99,8 @@ def _rounded(
     rows, by_row = weight.rows(), row_scheme(scheme)
     parts, loss = [], 0.0
     for part, own, known in zip(rows.chunk(len(h)), h, factors, strict=True):
-        codes, error = rounder(part, own, by_row, known)
-        parts.append(codes)
+        made, error = rounder(part, own, by_row, known)
+        parts.append(made)
         loss += error
     scale = torch.cat([c.scale for c in parts]).to(weight.value.dtype)
     zero = torch.cat([c.zero_point for c in parts])

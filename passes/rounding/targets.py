@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from planish.ir.errors import PassError, source_line
 from planish.ir.ops import aten, is_op, op_name
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
-from planish.ir.quantscheme import QuantScheme, spread
+from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
 from planish.passes.quantize.weights import Codes, decibels, weight_problem
 from planish.passes.quantize.where import Where
@@ -37,7 +38,7 @@ DEQUANTIZE = torch.ops.planish.dequantize.default
 QUANTIZED = "its weight is quantized already"
 
 # Operator -> position of its weight, and the weight's axes of outputs and of inputs.
-_READERS = {
+_READERS: dict[Any, tuple[int, int, int]] = {
     aten.linear.default: (1, 0, 1),
     aten.addmm.default: (2, 1, 0),
     aten.mm.default: (1, 1, 0),
@@ -163,9 +164,9 @@ def _constants(program: Program) -> dict[str, list[Node]]:
 def _position(reader: Node, sources: Iterable[Node], convolutions: bool) -> bool:
     """Whether an operator reads one of these nodes as its weight."""
     entry = _READERS.get(reader.target)
-    if entry is None or (is_op(reader, *CONVOLUTIONS) and not convolutions):
+    if entry is None or (reader.target in CONVOLUTIONS and not convolutions):
         return False
-    return len(reader.args) > entry[0] and reader.args[entry[0]] in sources
+    return len(reader.args) > entry[0] and any(reader.args[entry[0]] is s for s in sources)
 
 
 def _problem(
@@ -208,9 +209,9 @@ def required(weights: list[Weight], refusals: list[Refusal], pass_name: str) -> 
         PassError: there are none, so that the pass would have no effect.
     """
     if not weights and not any(r.reason == QUANTIZED for r in refusals):
-        why = f": {refusals[0].node}: {refusals[0].reason}" if refusals else ""
         raise PassError(
-            f"{pass_name} found no weight to round{why}",
+            f"{pass_name} found no weight to round"
+            + (f": {refusals[0].node}: {refusals[0].reason}" if refusals else ""),
             hint="weights are constants read by linears, constant matrix products or embeddings",
         )
     return weights
@@ -244,8 +245,3 @@ def write_codes(rewriter: Rewriter, weight: Weight, codes: Codes, note: str = ""
         for source in weight.sources:
             rewriter.replace(source, real)
     return True
-
-
-def spread_rows(p: Tensor, rows: Tensor, scheme: QuantScheme) -> Tensor:
-    """A scale or zero point of a ``row_scheme`` for every element of ``[outputs, inputs]``."""
-    return spread(p, rows, *scheme.layout(rows)).expand_as(rows)

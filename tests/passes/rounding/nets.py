@@ -54,3 +54,10 @@ def small_lm(*, tied: bool = True) -> Program:
 def calibrated(program: Program, batches: int = 6) -> PassContext:
     """A context with token ids that look like the sample."""
     return PassContext(calibration=spool([ids(7 + i, 2, 20) for i in range(batches)], program))
+
+
+def tensor(program: Program, name: str) -> Tensor:
+    """A constant that is a tensor."""
+    value = program.constants[name]
+    assert isinstance(value, Tensor)
+    return value

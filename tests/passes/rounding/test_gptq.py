@@ -17,7 +17,7 @@ from planish.passes.rounding.gptq import Gptq, gptq, inverse_factor, sweep
 from planish.passes.rounding.lockstep import Lockstep, gram
 from planish.passes.rounding.round_weights import RoundWeights, round_to_nearest
 from planish.passes.rounding.targets import QUANTIZED, find_weights
-from tests.passes.rounding.nets import calibrated, ids, small_lm
+from tests.passes.rounding.nets import calibrated, ids, small_lm, tensor
 from tests.support.check import run_checked
 
 BLOCKS = QuantScheme(dtype="uint4", granularity="block", axis=1, block_size=16, symmetric=False)
@@ -205,12 +205,15 @@ def test_each_layer_sees_what_the_rounded_layers_before_it_give() -> None:
     result = Gptq(block_size=16).run(program.clone(), context).program
     # Do it by hand: round the first layer, run it, and round the second by what it gives.
     scheme = QuantScheme(dtype="uint4", granularity="block", axis=1, block_size=16, symmetric=False)
-    first, _ = gptq(net[0].weight.detach(), (x.T @ x).double() * (2 / 200), scheme)
-    hidden = F.relu(F.linear(x, first.real(), net[0].bias)).detach()
-    second, _ = gptq(net[2].weight.detach(), (hidden.T @ hidden).double() * (2 / 200), scheme)
-    codes = [v for k, v in result.constants.items() if k.endswith("codes")]
+    one, two = net[0], net[2]
+    assert isinstance(one, nn.Linear)
+    assert isinstance(two, nn.Linear)
+    first, _ = gptq(one.weight.detach(), (x.T @ x).double() * (2 / 200), scheme)
+    hidden = F.relu(F.linear(x, first.real(), one.bias)).detach()
+    second, _ = gptq(two.weight.detach(), (hidden.T @ hidden).double() * (2 / 200), scheme)
+    codes = [tensor(result, k) for k in result.constants if k.endswith("codes")]
     assert torch.equal(codes[0], first.codes)
-    assert float((codes[1] != second.codes).float().mean()) < 0.02  # the last bit of H
+    assert float(codes[1].ne(second.codes).float().mean()) < 0.02  # the last bit of H
 
 
 def test_padding_stays_out_of_the_statistics() -> None:
@@ -258,7 +261,7 @@ def test_a_convolution_is_a_linear_layer_on_its_windows(conv: Any) -> None:
     made = (windows @ rows.transpose(1, 2)).movedim(0, 1).flatten(1)
     exact = run(program, (x,))[0] - conv.bias.reshape(-1, *[1] * (x.dim() - 2))
     torch.testing.assert_close(made, exact.movedim(1, -1).reshape(made.shape), atol=1e-5, rtol=1e-5)
-    options = {"dtype": "int4", "convolutions": True}
+    options: dict[str, Any] = {"dtype": "int4", "convolutions": True}
     better = Gptq(**options).run(program.clone(), PassContext(calibration=spool([(x,)], program)))
     plain = RoundWeights(**options).run(program.clone(), PassContext())
     errors = [
@@ -272,7 +275,7 @@ def test_it_needs_calibration_that_reaches_the_layer() -> None:
         Gptq().run(small_lm(), PassContext())
     program = small_lm()
     weight = next(n for n in program.constants if n.endswith("up.bias"))
-    program.constants[weight] = torch.full_like(program.constants[weight], torch.inf)
+    program.constants[weight] = torch.full_like(tensor(program, weight), torch.inf)
     with pytest.raises(PassError, match="not all finite"):
         Gptq().run(program, calibrated(program))
 

@@ -17,7 +17,7 @@ from planish.passes.quantize.where import Where
 from planish.passes.recipe import resolve
 from planish.passes.rounding.round_weights import RoundWeights, round_to_nearest
 from planish.passes.rounding.targets import QUANTIZED, find_weights
-from tests.passes.rounding.nets import ids, small_lm
+from tests.passes.rounding.nets import ids, small_lm, tensor
 from tests.support.check import check, refuses, run_checked
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
@@ -62,8 +62,10 @@ def test_one_set_of_codes_for_a_tied_table() -> None:
     table = next(n for n in result.program.operators if is_op(n, aten.embedding.default))
     head = result.program.results[0]
     assert table.args[0] is head.args[1]
-    floats = [v for v in result.program.constants.values() if v.is_floating_point()]
-    assert max(v.numel() for v in floats) <= 2 * 72 * 5  # scales and biases
+    values = [tensor(result.program, name) for name in result.program.constants]
+    assert (
+        max(v.numel() for v in values if v.is_floating_point()) <= 2 * 72 * 5
+    )  # scales and biases
 
 
 def test_per_channel_of_a_convolution() -> None:
@@ -96,7 +98,7 @@ def test_refuses_a_weight_with_another_reader() -> None:
 def test_refuses_what_is_not_finite_or_sparse() -> None:
     program = small_lm()
     program.layouts["up.weight"] = SparseLayout(72, 72, 1)
-    weight = program.constants["gate.weight"]
+    weight = tensor(program, "gate.weight")
     program.constants["gate.weight"] = torch.full_like(weight, torch.inf)
     _, refusals = find_weights(program)
     reasons = {r.reason for r in refusals}

@@ -1,0 +1,214 @@
+"""Weights of 8 and 4 bits: perplexity, size and speed of language models.
+
+    python -m planish.tools.bench.quantization.weight_only [--model small-lm|smollm2|gpt2]
+
+small-lm  is trained here from scratch (``--train`` seconds), then rounded by every method.
+smollm2   SmolLM2-135M beside the plain float export: speed with 1 and 64 tokens, file size, and
+          perplexity of the file itself on windows of 512 tokens of text that no pass was
+          calibrated with. Its linear weights already lie on a 4-bit grid (Q4_1, groups of 32, with
+          real offsets that integer zero points do not hit), so its figures flatter.
+gpt2      GPT-2's small shape with random weights: speed only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+import planish
+from planish.tools.bench.quantization.small_lm import LENGTH, text, train, windows
+
+_SHARE = 'gptq{dtype=int8,block_size=128,where={include=["*v_proj","*down_proj"]}}'
+# name -> passes after "exact"
+SMALL: dict[str, str] = {
+    f"{bits} {name}": recipe.format(bits=bits)
+    for bits in ("int8", "uint4")
+    for name, recipe in {
+        "nearest": "round-weights{{dtype={bits}}}",
+        "hqq": "hqq{{dtype={bits}}}",
+        "gptq": "gptq{{dtype={bits}}}",
+        "awq": "awq{{dtype={bits}}}",
+        "awq, gptq": "awq{{dtype={bits},rounding=gptq}}",
+    }.items()
+}
+SMOLLM2: dict[str, str] = {
+    "int8": "round-weights{block_size=128}",
+    "int4 nearest": "round-weights{dtype=uint4}",
+    "int4 gptq, v and down int8": f"{_SHARE},fuse-parallel-linears,gptq",
+}
+GPT2: dict[str, str] = {
+    "int4": "round-weights{dtype=uint4}",
+    "int4 blocks of 128": "round-weights{dtype=uint4,block_size=128}",
+    "int8": "round-weights{block_size=128}",
+}
+
+
+def perplexity(logits: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> float:
+    """Exp of the mean negative log likelihood of each token but the first, ``[B, T]`` each."""
+    total, count = 0.0, 0
+    for ids in batches:
+        found, wanted = logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        total += float(F.cross_entropy(found, wanted, reduction="sum"))
+        count += len(wanted)
+    return math.exp(total / count)
+
+
+def small_lm(seconds: float) -> list[dict[str, Any]]:
+    """Perplexity per byte of the model trained here, float and by every method."""
+    model, steps = train(seconds)
+    learned, held = text()
+    sample = windows(learned, 2, 10_000)[:, :-1]
+    calibration = [windows(learned, 8, 20_000 + i)[:, :-1] for i in range(8)]
+    test = held[: len(held) // LENGTH * LENGTH].view(-1, LENGTH).split(16)
+    shapes = {"ids": {0: Dim("batch", max=64)}}
+    rows: list[dict[str, Any]] = []
+    for name, passes in {"float": "exact", **SMALL}.items():
+        recipe = passes if name == "float" else f"exact,{passes}"
+        needs = "gptq" in passes or "awq" in passes
+        result = planish.optimize(
+            model, (sample,), recipe=recipe, dynamic_shapes=shapes, verify="off",
+            calibration=calibration if needs else None,
+        )  # fmt: skip
+        with torch.no_grad():
+            found = perplexity(result.model, test)
+        rows.append({"model": f"small-lm, {steps} steps", "form": name, "perplexity": found})
+    return rows
+
+
+def smollm2(windows_: int, calibrated: int, rounds: float) -> list[dict[str, Any]]:
+    """Perplexity, size and speed of SmolLM2's files."""
+    from planish.tools.bench.fetch import locate
+    from planish.tools.bench.real_inputs import smollm2_tokenizer
+    from planish.tools.bench.real_models import real_model
+
+    description = real_model("smollm2-135m")
+    path = locate("gensim", "gensim/test/test_data/lee_background.cor")
+    ids = torch.tensor(smollm2_tokenizer()(path.read_text(encoding="utf-8"))["input_ids"])
+    cut = ids[: len(ids) // 512 * 512].view(-1, 1, 512)
+    return _files(
+        description.load(), description.inputs(*description.sizes[0])[0],
+        description.dynamic_shapes, SMOLLM2, list(cut[windows_ + 20 :][:calibrated]),
+        list(cut[:windows_]), [cut[0][:, :1], cut[0][:, :64]], rounds,
+    )  # fmt: skip
+
+
+def gpt2(rounds: float) -> list[dict[str, Any]]:
+    """Speed of GPT-2's small shape with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from planish.tools.bench.real_nets import CausalLM
+
+    torch.manual_seed(0)
+    model = CausalLM(GPT2LMHeadModel(GPT2Config())).eval()
+    ids = torch.randint(0, 50257, (2, 64))
+    shapes = {"ids": {0: Dim("batch", max=64), 1: Dim("sequence", min=1, max=1024)}}
+    return _files(model, (ids,), shapes, GPT2, [], [], [ids[:1, :1], ids[:1]], rounds)
+
+
+def _files(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    shapes: Any,  # noqa: ANN401 - as torch.export takes them
+    recipes: dict[str, str],
+    calibration: Sequence[Tensor],
+    test: Sequence[Tensor],
+    timed: Sequence[Tensor],
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Write every form, then race all of them against the plain float export."""
+    from planish.backends.ort_race import race
+    from planish.tools.bench.export_cost import export_plain
+
+    with tempfile.TemporaryDirectory(prefix="planish-") as folder:
+        paths = {"plain float export": Path(folder) / "plain.onnx"}
+        export_plain(model, args, {}, shapes, str(paths["plain float export"]))
+        for name, recipe in {"float": "", **recipes}.items():
+            result = planish.optimize(
+                model, args, recipe=f"exact,{recipe}".rstrip(","), target="onnxruntime-cpu",
+                dynamic_shapes=shapes, verify="off",
+                calibration=calibration if "gptq" in recipe else None,
+            )  # fmt: skip
+            paths[name] = Path(folder) / f"{len(paths)}.onnx"
+            result.export(paths[name], verify=False)
+        base = paths["plain float export"]
+        rows = [
+            {"form": name, "MB": _size(path) / 1e6, "size": _size(path) / _size(base)}
+            for name, path in paths.items()
+        ]
+        for row, path in zip(rows, paths.values(), strict=True):
+            if test:
+                row["perplexity"] = perplexity(_logits(path), test)
+        for ids in timed:
+            for row, speed in zip(
+                rows, race(list(paths.values()), [ids], seconds=seconds), strict=True
+            ):
+                tokens = f"{ids.shape[1]} tokens"
+                row |= {f"{tokens}, ms": speed.best_ms, f"{tokens}, x": speed.ratio,
+                        f"{tokens}, median x": speed.median_ratio}  # fmt: skip
+        return rows
+
+
+def _logits(path: Path) -> Callable[[Tensor], Tensor]:
+    """A file as a function of token ids."""
+    from planish.backends.ort_run import Session
+
+    session = Session(path, threads=1)
+    return lambda ids: torch.from_numpy(session.run([ids])[0])
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
+def _shown(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for row in rows:
+        if "perplexity" in row:
+            row["change"] = f"{100 * (row['perplexity'] / rows[0]['perplexity'] - 1):+.2f}%"
+    table = Table(*dict.fromkeys(key for row in rows for key in row))
+    for row in rows:
+        cells = [row.get(str(column.header), "") for column in table.columns]
+        table.add_row(*[f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells])
+    Console(width=160).print(table)
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Choice(["small-lm", "smollm2", "gpt2"]), default="small-lm")
+@click.option("--train", "seconds", default=150.0, help="Seconds of training of small-lm.")
+@click.option("--windows", "windows_", default=8, help="Windows of 512 tokens for perplexity.")
+@click.option("--calibrate", default=12, help="Windows for calibration.")
+@click.option("--race", "rounds", default=30.0, help="Seconds of racing for each input.")
+@click.option("--threads", default=1, help="Threads of torch; files always run on one.")
+@click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")
+def main(
+    model: str, seconds: float, windows_: int, calibrate: int, rounds: float, threads: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure one model and print its table."""
+    torch.set_num_threads(threads)
+    if model == "small-lm":
+        rows = small_lm(seconds)
+    elif model == "smollm2":
+        rows = smollm2(windows_, calibrate, rounds)
+    else:
+        rows = gpt2(rounds)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        _shown(rows)
+
+
+if __name__ == "__main__":
+    main()
