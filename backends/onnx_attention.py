@@ -182,12 +182,12 @@ def _as_operator(
     q, k = dims_of(query.meta["val"]), dims_of(key.meta["val"])
     out = dims_of(node.meta["val"])
     spread = None if bias is None else _spread(e, bias, q, k)
-    packed = [_packed(e, x) for x in operands]
+    given = [packed(e, x) for x in operands]
     attributes: dict[str, Any] = {"scale": scale, "is_causal": int(causal)}
-    if all(p is not None for p in packed):
+    if all(p is not None for p in given):
         result = e.op(
             "Attention",
-            *packed,
+            *given,
             spread,
             q_num_heads=int(q[1]),
             kv_num_heads=int(k[1]),
@@ -200,7 +200,7 @@ def _as_operator(
     return View(result, out, out)
 
 
-def _packed(e: Emitter, node: Node) -> ir.Value | None:
+def packed(e: Emitter, node: Node) -> ir.Value | None:
     """[B, H, S, D] as [B, S, H * D], where it was split and permuted from that."""
     view = e.view(node)
     if view.perm != _HEADS_FIRST:

@@ -17,19 +17,25 @@ The kernel knows masks of keys, ``[B, S]``, and of queries by keys, ``[B, S, S]`
 open or closed. Programs with other masks, other scales, or grouped heads keep the default form.
 Products of queries and keys in int8 gain nothing: quantizing the probabilities costs what the
 smaller product saves.
+
+The default form makes no keys and values for padding at the end: behind the last key that is open
+in any sentence there is nothing to attend to. That saves more than its share, for the runtime's
+softmax takes ten times as long over masked keys: their exponentials pass through denormal numbers
+(attention over 128 tokens in 12 heads: 0.29 ms with all keys open, 0.86 with 64, 1.55 with 20).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planish.backends.onnx_attention import bias_of_mask, silence
-from planish.backends.onnx_dims import Dims, dims_of
+from planish.backends.onnx_attention import bias_of_mask, packed, silence
+from planish.backends.onnx_dims import Dim, Dims, dims_of
 from planish.backends.onnx_file import onnx_dtype
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_view import Table, View
@@ -43,14 +49,69 @@ _HEADS_FIRST = (0, 2, 1, 3)
 
 
 def _attention(e: Emitter, node: Node) -> View | None:
-    if e.style.integer_attention != "packed":
-        return None
     operands = [n for n in node.args[:3] if isinstance(n, Node)]
     products = _products(e, operands)
-    out = dims_of(node.meta["val"])
-    if products is None or len(out) != 4 or float(argument(node, "dropout_p")) != 0:
+    if products is None or float(argument(node, "dropout_p")) != 0:
         return None
-    b, h, s, d = out
+    if e.style.integer_attention == "packed":
+        return _as_one(e, node, products)
+    return _without_padding(e, node, operands[0], products)
+
+
+# -- the default form, without keys of padding ------------------------------------------------
+
+
+def _without_padding(e: Emitter, node: Node, query: Node, products: list[Product]) -> View | None:
+    """Attention to the keys up to the last open one; None without a mask that is for keys alone."""
+    mask = argument(node, "attn_mask")
+    b, h, s, d = dims_of(node.meta["val"])
+    if mask is None or e.style.attention != "operator" or e.opset < 23:
+        return None
+    if mask.meta["val"].dtype is not torch.bool or e.known(mask) is not None:
+        return None
+    if bool(argument(node, "is_causal")) or _mask_dims(mask, b, s) not in ((1, s), (b, s)):
+        return None
+    bias, alive = bias_of_mask(e, mask, torch.float32)
+    end = e.cached(("open end", mask), lambda: _end(e, e.value(mask), s))
+
+    def codes() -> ir.Value:
+        x = products[1].left.view
+        whole = e.materialize(View(x.base, x.base_dims, (b, s, x.base_dims[-1])))
+        return e.op("Slice", whole, e.constant([0]), end, e.constant([1]))
+
+    def spread() -> ir.Value:
+        part = e.op("Slice", bias.base, e.constant([0]), end, e.constant([-1]))
+        goal = e.op("Concat", e.constant([1, 1]), e.sizes((s,)), end, axis=0)
+        return e.op("Expand", part, goal)
+
+    short = e.cached(("open codes", products[1].left.codes, end), codes)
+    made = [replace(p, left=replace(p.left, codes=short)).emit(e) for p in products[1:]]
+    scale = argument(node, "scale")
+    result = e.op(
+        "Attention", packed(e, query), *made, e.cached(("open bias", bias.base), spread),
+        q_num_heads=int(h), kv_num_heads=int(h),
+        scale=1 / math.sqrt(int(d)) if scale is None else float(scale),
+    )  # fmt: skip
+    view = View(result, (b, s, int(h) * int(d)), (b, s, h, d), _HEADS_FIRST)
+    return view if alive is None else silence(e, view, alive)
+
+
+def _end(e: Emitter, mask: ir.Value, s: Dim) -> ir.Value:
+    """How many keys there are up to the last that any sentence has open; 1 where there is none."""
+    one = e.constant([1])
+    last = e.op("Add", e.size(s), one)
+    limits = [e.op("Squeeze", v) for v in (one, last, one)]
+    numbers = e.op("Range", *limits)
+    open_ = e.op("Mul", e.op("Cast", mask, to=onnx_dtype(torch.int64)), numbers)
+    return e.op("Max", e.op("Reshape", e.op("ReduceMax", open_, keepdims=0), one), one)
+
+
+# -- one kernel -------------------------------------------------------------------------------
+
+
+def _as_one(e: Emitter, node: Node, products: list[Product]) -> View | None:
+    """QAttention; None where it cannot say what the program does."""
+    b, h, s, d = dims_of(node.meta["val"])
     scale = argument(node, "scale")
     if scale is not None and not math.isclose(float(scale), 1 / math.sqrt(int(d)), rel_tol=1e-6):
         return None
@@ -66,7 +127,7 @@ def _attention(e: Emitter, node: Node) -> View | None:
     x = products[0].left.view
     codes = e.materialize(View(x.base, x.base_dims, (b, s, x.base_dims[-1])))
     result = e.op(
-        "QAttention", codes, *_packed(e, products, keys), domain=DOMAIN,
+        "QAttention", codes, *_joined(e, products, keys), domain=DOMAIN,
         num_heads=int(h), unidirectional=int(bool(argument(node, "is_causal"))),
         mask_filter_value=torch.finfo(torch.float32).min,
     )  # fmt: skip
@@ -94,7 +155,7 @@ def _products(e: Emitter, operands: list[Node]) -> list[Product] | None:
     return [p for p in products if p is not None]
 
 
-def _packed(
+def _joined(
     e: Emitter, products: list[Product], keys: ir.Value | None
 ) -> tuple[ir.Value | None, ...]:
     """The operator's inputs after the codes: constants made of three, and the mask."""
@@ -124,23 +185,29 @@ def _packed(
     )  # fmt: skip
 
 
-def _mask(e: Emitter, mask: Node, b: object, s: object) -> ir.Value | None:
+def _mask(e: Emitter, mask: Node, b: Dim, s: Dim) -> ir.Value | None:
     """A mask as int32 ``[B, S]`` or ``[B, S, S]``; None where it has no such form."""
-    dims = dims_of(mask.meta["val"])
-    full: Dims = (1,) * (4 - len(dims)) + tuple(dims)
-    if len(full) != 4 or full[1] != 1 or full[3] != s or full[2] not in (1, s):
+    flat = _mask_dims(mask, b, s)
+    if flat is None:
         return None
-    if full[0] not in (1, b) or (full[2] != 1 and full[2] != s):
-        return None
-    flat: Dims = (full[0], s) if full[2] == 1 else (full[0], s, s)  # type: ignore[assignment]
 
     def make() -> ir.Value:
-        value = e.materialize(View(e.value(mask), dims, flat))
+        value = e.materialize(View(e.value(mask), dims_of(mask.meta["val"]), flat))
         whole = e.op("Cast", value, to=onnx_dtype(torch.int32))
-        goal = (b, *flat[1:])
-        return whole if flat[0] == b else e.op("Expand", whole, e.sizes(goal))  # type: ignore[arg-type]
+        return whole if flat[0] == b else e.op("Expand", whole, e.sizes((b, *flat[1:])))
 
     return e.cached(("open keys", mask, b), make)
+
+
+def _mask_dims(mask: Node, b: Dim, s: Dim) -> Dims | None:
+    """The sizes of a mask that all heads share: ``[B or 1, S]`` for keys, or ``[B or 1, S, S]``."""
+    dims = dims_of(mask.meta["val"])
+    full: Dims = (1,) * (4 - len(dims)) + tuple(dims)
+    if len(full) != 4 or full[1] != 1 or full[3] != s:
+        return None
+    if full[0] not in (1, b) or full[2] not in (1, s):
+        return None
+    return (full[0], s) if full[2] == 1 else (full[0], s, s)
 
 
 ORT_ATTENTION: Table = {aten.scaled_dot_product_attention.default: _attention}

@@ -1,10 +1,13 @@
 """QAttention in the file where it is chosen, and the default form where it cannot say it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,12 +28,15 @@ from tests.support.planted import dequantize, planted, quantize
 
 PRODUCT, PACKED = "com.microsoft.MatMulIntegerToFloat", "com.microsoft.QAttention"
 STYLE = Style(integers="onnxruntime", attention="operator", integer_attention="packed")
+SEPARATE = replace(STYLE, integer_attention="separate")
 SIZES = {0: Dim("batch"), 1: Dim("sequence", min=2)}
 
 
-def agrees(program: Program, path: Path, *samples: tuple[Tensor, ...]) -> dict[str, int]:
+def agrees(
+    program: Program, path: Path, *samples: tuple[Tensor, ...], style: Style = STYLE
+) -> dict[str, int]:
     """Assert that the file computes what the program does, as it is written; its operators."""
-    model, initializers, _ = build(emit(program, 23, STYLE), {})
+    model, initializers, _ = build(emit(program, 23, style), {})
     write_model(model, initializers, path, external_data_bytes=2**30)
     session = Session(path, threads=1, optimize=False)
     for inputs in (program.samples[0], *samples):
@@ -137,6 +143,52 @@ def test_masks_of_keys_that_are_open_or_closed(
         (torch.randn(2, 5, 24), masks(2, 5, 0, 5)),  # a sentence of nothing attends to nothing
     ]
     assert agrees(program, tmp_path / "m.onnx", *others)[PACKED] == 1
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_no_keys_and_values_are_made_of_padding_at_the_end(joint: bool, tmp_path: Path) -> None:
+    program = program_of(padded, masks(2, 7, 5, 4), joint=joint)
+    holes = torch.tensor([[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]])
+    others = [
+        (torch.randn(3, 12, 24), masks(3, 12, 5, 2, 1)),
+        (torch.randn(2, 6, 24), holes),
+        (torch.randn(2, 6, 24), holes.flip(1)),  # padding in front
+        (torch.randn(2, 5, 24), masks(2, 5, 5, 5)),
+        (torch.randn(2, 5, 24), masks(2, 5, 0, 3)),
+        (torch.randn(2, 5, 24), masks(2, 5, 0, 0)),
+    ]
+    operators = agrees(program, tmp_path / "e.onnx", *others, style=SEPARATE)
+    assert operators["Attention"] == 1
+    assert operators["Slice"] == 2  # the codes, for keys and values, and the mask
+    assert operators[PRODUCT] == 3
+    keys: list[int] = []
+    session = _watched(tmp_path / "e.onnx")
+    names = [i.name for i in session.get_inputs()]
+    for inputs in others:
+        feeds = {n: x.numpy() for n, x in zip(names, inputs, strict=True)}
+        keys.append(session.run(None, feeds)[-1].shape[1])
+    assert keys == [5, 4, 6, 5, 3, 1]
+
+
+def _watched(path: Path) -> Any:
+    """A session that also gives the keys that attention reads."""
+    model = onnx.load(path)
+    attention = next(n for n in model.graph.node if n.op_type == "Attention")
+    model.graph.output.append(onnx.ValueInfoProto(name=attention.input[1]))
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+@pytest.mark.parametrize("attend", [squared, plain, causal, added])
+def test_keys_stay_where_the_mask_is_not_of_keys_alone(
+    attend: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    given = (masks(2, 7, 7, 4),) if attend in (squared, added) else ()
+    program = program_of(attend, *given)
+    operators = agrees(program, tmp_path / "s.onnx", style=SEPARATE)
+    assert "Slice" not in operators
+    assert operators[PRODUCT] == 3
 
 
 @pytest.mark.parametrize("attend", [added, scaled])
