@@ -162,6 +162,18 @@ def test_the_error_falls_with_bits_and_blocks_and_search() -> None:
     assert searched < plain
 
 
+def test_an_asymmetric_block_of_known_codes() -> None:
+    weight = torch.tensor([[4.0, -2.0, 1.2, 0.0] + [0.0] * 12])
+    scheme = QuantScheme(dtype="uint4", granularity="block", axis=1, block_size=16, symmetric=False)
+    codes = round_to_nearest(weight, scheme)
+    assert float(codes.scale) == pytest.approx(0.4)
+    assert int(codes.zero_point) == 5
+    assert codes.codes[0, :4].tolist() == [15, 0, 8, 5]
+    # Scales are positive even where the extreme is negative: some runtimes take no others.
+    signed = QuantScheme(dtype="int4", granularity="block", axis=1, block_size=16)
+    assert float(round_to_nearest(-weight, signed).scale) == pytest.approx(0.5)
+
+
 def test_halves_keep_their_type() -> None:
     weight = torch.randn(4, 32).half()
     scheme = QuantScheme(dtype="int8", granularity="block", axis=1, block_size=32)

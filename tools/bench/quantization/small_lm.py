@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from planish.tools.bench.fetch import locate
 
-LENGTH = 128
-WIDTH, HEADS, LAYERS = 192, 4, 4
+LENGTH = 64
+WIDTH, HEADS, LAYERS = 128, 4, 3
 _BATCH = 16
 
 
@@ -79,11 +79,11 @@ def train(seconds: float) -> tuple[ByteLM, int]:
     """Train for about this long on the threads that torch has; the model and the steps made."""
     torch.manual_seed(0)
     model, source = ByteLM(), text()[0]
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.01)
     start, step = time.monotonic(), 0
     while (share := (time.monotonic() - start) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
+            group["lr"] = 4e-3 * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
         batch = windows(source, _BATCH, step)
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
