@@ -183,7 +183,7 @@ def _merged(
     result = _emit(e, image, given.grid, constants, wide, moved, grid)
     batch, outputs, *middle, width = dims
     last = (batch, *middle, width, outputs)
-    packed = (batch, *middle, int(width) // times, int(outputs) * times)  # type: ignore[call-overload]
+    packed = (batch, *middle, int(width) // times, int(outputs) * times)
     return View(result, packed, last, from_last(len(dims)))
 
 

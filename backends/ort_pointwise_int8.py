@@ -152,19 +152,20 @@ def _concatenate(e: Emitter, node: Node, grid: Grid) -> View | None:
     dims = dims_of(node.meta["val"])
     rank = len(dims)
     axis = int(argument(node, "dim")) % rank
-    if rank > 2 and any(lies_last(part.view) for part in known):
+    last = rank > 2 and any(lies_last(part.view) for part in known)
+    if last:
         values = [channels_last(e, part.view) for part in known]
-        axis, shown = to_last(rank).index(axis), lambda value: seen_first(value, dims)
+        axis = to_last(rank).index(axis)
     else:
         values = [e.materialize(part.view) for part in known]
-        shown = lambda value: View(value, dims, dims)  # noqa: E731
     if all(part.grid.same(grid) for part in known):
-        return shown(e.op("Concat", *values, axis=axis))
-    operands: list[ir.Value] = []
-    for value, part in zip(values, known, strict=True):
-        operands += [value, *parameters(e, part.grid)]
-    joined = e.op("QLinearConcat", *parameters(e, grid), *operands, domain=MICROSOFT, axis=axis)
-    return shown(joined)
+        joined = e.op("Concat", *values, axis=axis)
+    else:
+        operands: list[ir.Value] = []
+        for value, part in zip(values, known, strict=True):
+            operands += [value, *parameters(e, part.grid)]
+        joined = e.op("QLinearConcat", *parameters(e, grid), *operands, domain=MICROSOFT, axis=axis)
+    return seen_first(joined, dims) if last else View(joined, dims, dims)
 
 
 # -- padding ----------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def merged_image(e: Emitter, view: View, count: int) -> tuple[ir.Value, bool]:
         return e.materialize(View(image, (batch, *middle, width, channels), goal)), False
     rows = 1
     for size in (*middle, columns):
-        rows = rows * size  # type: ignore[operator]
+        rows = rows * size
     split = (batch, channels, rows, count)
     turned = View(e.materialize(view), view.shape, split, (0, 2, 1, 3))
     image = e.materialize(turned)

@@ -39,8 +39,7 @@ def export(module: nn.Module, path: Path, **how: object) -> Artifact:
     assert artifact.comparison is not None
     assert artifact.comparison.stepwise is not None
     assert artifact.comparison.stepwise.max_steps <= 1
-    sqnr = artifact.comparison.fidelity.sqnr_db
-    assert sqnr is None or sqnr > 25
+    assert artifact.comparison.fidelity.sqnr_db > 25
     return artifact
 
 

@@ -1,6 +1,7 @@
 """Recurrent layers with int8 weights: the kernel, its layout, and what stays in float."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def differences(artifact: Artifact, program: Program, x: Tensor) -> list[float]:
     ]
 
 
-HOW = {
+HOW: dict[str, dict[str, Any]] = {
     "plain": {},
     "both directions": {"bidirectional": True},
     "batch first": {"bidirectional": True, "batch_first": True},
