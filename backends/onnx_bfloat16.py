@@ -74,7 +74,7 @@ def _widen(rewriter: Rewriter, node: Node) -> None:
 
     value = node.meta["val"]
     args: Any = map_arg(node.args, wide)
-    kwargs: Any = {k: plain(v) for k, v in map_arg(dict(node.kwargs), wide).items()}  # type: ignore[union-attr]
+    kwargs: Any = {k: plain(v) for k, v in map_arg(dict(node.kwargs), wide).items()}
     made = rewriter.call(node.target, tuple(plain(a) for a in args), kwargs, like=node)
     if not isinstance(value, (tuple, list)):
         result = made

@@ -7,6 +7,7 @@ way (a sum of squares, say) is found and not only what overflows in the end.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -185,12 +186,12 @@ def _elements(node: object) -> int:
     value = node.meta.get("val") if isinstance(node, Node) else None
     if not isinstance(value, Tensor):
         return 1
-    total = 1
-    for size in value.shape:
-        total *= size if isinstance(size, int) else _hint(size)
-    return total
+    return math.prod(map(_hint, value.shape))
 
 
-def _hint(size: Any) -> int:  # noqa: ANN401 - a symbolic integer
+def _hint(size: Any) -> int:  # noqa: ANN401 - an integer, perhaps symbolic
+    """The size at the sample."""
+    if isinstance(size, int):
+        return size
     hint = size.node.hint
     return int(hint) if hint is not None else 1
