@@ -55,7 +55,9 @@ class Quantize(Pass):
         block_size: of blocks.
         symmetric: whether weights have no zero point of their own.
         weight_range: of weights; "mse" cuts the largest where that lowers the squared error.
-        range: of values, see ``planish.passes.observe``.
+        range: of values, see ``planish.passes.observe``. The whole range is the default: it is the
+            nearest once outliers were smoothed (MiniLM: 25.9 dB, "mse" 24.0; without smoothing
+            17.7 and 18.1).
         per_token: dynamic ranges of each row along the last axis, instead of the whole value.
         attention: also the products of attention.
         embedding: also tables of embeddings; None: only in mode "weight".
@@ -83,7 +85,7 @@ class Quantize(Pass):
     block_size: int = 0
     symmetric: bool = True
     weight_range: Literal["minmax", "mse"] = "minmax"
-    range: RangeMethod = "mse"
+    range: RangeMethod = "minmax"
     per_token: bool = False
     attention: bool = False
     embedding: bool | None = None

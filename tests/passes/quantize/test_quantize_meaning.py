@@ -55,7 +55,7 @@ def test_numbers_on_the_grid_are_exact() -> None:
     x = torch.tensor([[0.0, 255.0, 17.0], [3.0, 200.0, 1.0]]) / 16
     program = captured(lambda m, x: m.fc(x), x, fc=layer)
     context = PassContext(calibration=spool([(x,)], program))
-    result = run_checked(program, Quantize(range="minmax"), context)
+    result = run_checked(program, Quantize(), context)
     scale = result.program.constants["inputs_0_scale"]
     assert isinstance(scale, Tensor)
     assert float(scale) == 1 / 16
@@ -71,8 +71,7 @@ def test_outputs_are_off_by_no_more_than_their_operands(seed: int, mode: str, bi
     x = normal(6, 7, seed=seed)
     program = captured(lambda m, x: m.fc(x), x, fc=layer)
     context = PassContext(calibration=spool([(x,)], program))
-    range_ = "minmax" if mode == "static" else "mse"  # the default, which the others ignore
-    pass_ = Quantize(mode=mode, range=range_)  # type: ignore[arg-type]
+    pass_ = Quantize(mode=mode)  # type: ignore[arg-type]
     result = run_checked(program, pass_, context)
     w = layer.weight.detach()
     dw = w.abs().amax(1, keepdim=True) / 127 / 2
@@ -271,7 +270,7 @@ def test_ranges_leave_out_padding() -> None:
     errors = []
     for name in (None, "inputs_1"):
         context = PassContext(calibration=spool([(x, mask)], program))
-        result = run_checked(program, Quantize(padding_mask=name, range="minmax"), context)
+        result = run_checked(program, Quantize(padding_mask=name), context)
         y, z = (run(p, (x, mask))[0][kept] for p in (program, result.program))
         errors.append(decibels(y, z))
     assert errors[0] < 10
@@ -294,7 +293,7 @@ def test_padding_is_found_by_the_name_of_its_mask() -> None:
         program = capture(Masked().eval(), (x, given_mask))
         context: Any = calibrated(program)
         context.calibration = spool([(x, given_mask)], program)
-        result = run_checked(program, Quantize(range="minmax"), context).program
+        result = run_checked(program, Quantize(), context).program
         scales[name] = float(result.constants["x_scale"])  # type: ignore[arg-type]
         told = "ranges leave out padding, where attention_mask is 0" in context.remarks
         assert told == (name == "whole")
@@ -308,7 +307,7 @@ def test_relu6_leaves_a_range_that_needs_no_clamp() -> None:
         a=conv(2, 4),
         b=conv(4, 3),
     )
-    result = run_checked(program, Quantize(range="minmax"), calibrated(program))
+    result = run_checked(program, Quantize(), calibrated(program))
     scale, zero = (result.program.constants[f"relu6_{x}"] for x in ("scale", "zero_point"))
     assert isinstance(scale, Tensor)
     assert isinstance(zero, Tensor)

@@ -47,7 +47,7 @@ def test_one_pair_for_all_that_read_a_value_and_none_for_floats() -> None:
 def test_a_second_run_with_another_choice_shares_the_pairs_of_the_first() -> None:
     program = three_readers()
     first = run_checked(program, Quantize(where=Where(include=("a",))), calibrated(program))
-    second = run_checked(first.program, Quantize(range="minmax"), calibrated(program))
+    second = run_checked(first.program, Quantize(range="mse"), calibrated(program))
     assert len(second.changes) == 1
     assert len(names(second.program, "planish.quantize")) == 1
     once = run_checked(program, Quantize(), calibrated(program)).program

@@ -185,7 +185,7 @@ def test_values_that_are_not_finite_say_nothing_about_ranges() -> None:
         ("quantize{saturation=reduced,weights=int4}", "int4 fits as it is"),
         ("quantize{saturation=signed,mode=weight}", "no attention, no saturation"),
         ("quantize{attention=true,mode=weight}", "no attention, no saturation"),
-        ("quantize{range=minmax,mode=dynamic}", "range is for mode=static"),
+        ("quantize{range=mse,mode=dynamic}", "range is for mode=static"),
         ("quantize{between=all,padding_mask=null,mode=weight}", "between and padding_mask is for"),
         ("quantize{mode=statik}", "statik"),
         ("quantize{wher={}}", "did you mean 'where'?"),

@@ -164,7 +164,7 @@ def test_saturation_on_real_inputs_is_counted_and_its_error_given() -> None:
         layer.weight.fill_(1.0)
         layer.weight[1].mul_(torch.tensor([1.0, -1.0] * 4))
     x = torch.cat([torch.ones(1, 8), torch.zeros(1, 8)])
-    program = quantized(captured(lambda m, x: m.fc(x), x.abs(), fc=layer), range="minmax")
+    program = quantized(captured(lambda m, x: m.fc(x), x.abs(), fc=layer))
     result = {s.node: s for s in measure(program, (torch.ones(2, 8) * 3,))}["linear"]
     # The largest values are 255: four pairs of 255 * 254 saturate in each row, those of both
     # signs do not.
