@@ -90,7 +90,6 @@ def optimize(
             the system's folder for temporary files.
     """
     from planish.backends.registry import load_target
-    from planish.passes.calibrate import UNUSED, needs_calibration, spool
 
     _check_call(target, verify, dump_dir, instruments, calibration, loss, labeled, seed)
     _check_judges(metric, padding_mask)
@@ -105,12 +104,7 @@ def optimize(
     program = _captured(model, example_inputs, dynamic_shapes, remarks, seed)
     seconds = {"capture": time.perf_counter() - start}
 
-    held: Spool | None = None
-    if calibration is not None:
-        if any(needs_calibration(one) for one in _all_recipes(resolved)):
-            held = spool(calibration, program, remark=remarks.append)
-        else:
-            remarks.append(UNUSED)
+    held = _spooled(calibration, program, resolved, remarks)
     shared, held_out = held.split() if held is not None else (None, None)
     context = PassContext(
         target=target,
@@ -133,13 +127,23 @@ def optimize(
     seconds |= {"passes": passes, "verification": time.perf_counter() - start - passes}
     remarks += ended.remarks
     report = _report(program, finished, ended.recipe, target, seed, seconds, remarks, ended.answers)
-    report = replace(
-        report,
-        model=type(model).__name__,
-        held_out=ended.held_out,
-        race=ended.race,
-    )
+    name = type(model).__name__
+    report = replace(report, model=name, held_out=ended.held_out, race=ended.race)
     return Optimized(finished.program, ended.recipe, report, repro_dir=dump_dir)
+
+
+def _spooled(
+    calibration: Iterable[Any] | None, program: Program, recipe: Recipe, remarks: list[str]
+) -> Spool | None:
+    """The calibration inputs, where the recipe has a use for them."""
+    from planish.passes.calibrate import UNUSED, needs_calibration, spool
+
+    if calibration is None:
+        return None
+    if any(needs_calibration(one) for one in _all_recipes(recipe)):
+        return spool(calibration, program, remark=remarks.append)
+    remarks.append(UNUSED)
+    return None
 
 
 def _all_recipes(recipe: Recipe) -> list[Recipe]:

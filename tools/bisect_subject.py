@@ -48,7 +48,8 @@ class Subject:
         from planish.passes.base import PassContext
 
         sites = replace(self.sites, denied=set())
-        return PassContext(target=self.target, calibration=self.batches, sites=sites)
+        shared, held_out = self.batches.split() if self.batches is not None else (None, None)
+        return PassContext(target=self.target, calibration=shared, held_out=held_out, sites=sites)
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,17 @@ class Wish:
         from planish.passes.calibrate import needs_calibration, spool
         from planish.passes.recipe import resolve
         from planish.passes.selecting import ExcludeSites, check_selection
-        from planish.tools.loading import import_callable, load_model
-        from planish.tools.options import check_target, optimize_loaded
+        from planish.tools.calibration import load_calibration
+        from planish.tools.loading import load_model
+        from planish.tools.options import CALIBRATION_BATCH, check_target, optimize_loaded
 
         default = "onnxruntime-cpu"
         recipe = resolve(self.recipe or "exact", target=self.target or default, seed=self.seed)
+        if recipe.alternatives:
+            raise UsageError(
+                "the recipe chooses among others by measurement, so there is nothing to bisect",
+                hint=f"bisect one of them: {', '.join(recipe.alternatives)}",
+            )
         target = check_target(recipe.target or default, None)
         check_selection(recipe, disable=self.disable)
         ExcludeSites(self.exclude)
@@ -115,7 +122,7 @@ class Wish:
         ]
         if self.calibration is not None:
             stage("reading the calibration data")
-            given = import_callable(self.calibration)()
+            given = load_calibration(self.calibration, CALIBRATION_BATCH)
             batches = stack.enter_context(spool(given, program, remark=remarks.append))
         sites = SiteCounter(excluded=frozenset(self.exclude))
         return Subject(program, recipe, target, batches, sites, remarks=tuple(remarks))

@@ -8,6 +8,7 @@ import click
 
 from planish.tools.console import print_json, print_parts, stages, stdout
 from planish.tools.options import (
+    CALIBRATION_BATCH,
     calibration_option,
     check_output,
     check_target,
@@ -70,7 +71,8 @@ def optimize(
       planish optimize ./minilm --bisect-limit 12 --disable-pass recover-attention
     """
     from planish.passes.recipe import resolve
-    from planish.tools.loading import import_callable, load_model
+    from planish.tools.calibration import load_calibration
+    from planish.tools.loading import load_model
     from planish.tools.report import check_report_path, report_text
     from planish.tools.writing import write_text
 
@@ -83,7 +85,9 @@ def optimize(
     with watching.shown(as_json=as_json), progress as stage:
         stage("loading")
         loaded = load_model(model)
-        extra = {"calibration": import_callable(calibration)()} if calibration is not None else {}
+        extra = {}
+        if calibration is not None:
+            extra["calibration"] = load_calibration(calibration, CALIBRATION_BATCH)
         result = optimize_loaded(
             loaded,
             stage,

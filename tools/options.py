@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from planish.tools.loading import Loaded
     from planish.tools.watching import Watching
 
+CALIBRATION_BATCH = 8  # samples of a file in one batch, where nothing says how many
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -49,8 +51,8 @@ verify_option = click.option(
 
 calibration_option = click.option(
     "--calibration",
-    metavar="MODULE:CALLABLE",
-    help="Called without arguments; returns an iterable of inputs.",
+    metavar="DATA",
+    help="Inputs: FILE.npz, a folder of such files, or package.module:callable.",
 )
 
 opset_option = click.option("--opset", type=int, default=None, help="ONNX operator set version.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import click
 
 from planish.tools.console import print_json, print_parts, stages, stdout
 from planish.tools.options import (
+    CALIBRATION_BATCH,
     check_output,
     check_target,
     common,
@@ -22,10 +23,10 @@ from planish.tools.options import (
 
 if TYPE_CHECKING:
     from planish.passes.recipe import Recipe
+    from planish.report import Report
+    from planish.tools.calibration import First
     from planish.tools.loading import Loaded
-    from planish.tools.quantized import Bounds
-
-_BATCH = 8  # samples in a batch, where the model does not say
+    from planish.tools.quantized import Bounds, Measured
 
 
 @click.command()
@@ -72,7 +73,7 @@ _BATCH = 8  # samples in a batch, where the model does not say
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"Samples in a batch, where FILE.npz is cut; default: as the example inputs, or {_BATCH}.",
+    help=f"Samples in a batch, where FILE.npz is cut; default: as the example inputs, or {CALIBRATION_BATCH}.",
 )
 @target_option
 @opset_option
@@ -120,11 +121,9 @@ def quantize(
           --min-cosine 0.998 --exclude 'encoder.layer.0.*'
       planish quantize model.pt2 -o small.onnx --recipe int4-weight --json
     """
-    from planish.tools.calibration import First
     from planish.tools.loading import import_callable, load_model
-    from planish.tools.quantized import Bounds, Original, measured, render
-    from planish.tools.report import check_report_path, report_text
-    from planish.tools.writing import write_text
+    from planish.tools.quantized import Bounds, Original, measured
+    from planish.tools.report import check_report_path
 
     out = check_output(output)
     if report is not None:
@@ -140,9 +139,7 @@ def quantize(
         loaded = load_model(model)
         if metric is not None:
             extra["metric"] = import_callable(metric)
-        data = First(_data(calibration, loaded, batch, remarks)) if calibration else None
-        if data is not None:
-            extra["calibration"] = data
+        extra["calibration"] = data = _data(calibration, loaded, batch, remarks)
         result = optimize_loaded(
             loaded,
             stage,
@@ -159,13 +156,30 @@ def quantize(
         assert original.program is not None  # a run began
         first = data.first if data is not None else None
         found = measured(result, original.program, out, first, remarks)
+    _tell(result.report, found, remarks, out, report, as_json=as_json)
+
+
+def _tell(
+    done: Report,
+    found: Measured,
+    remarks: list[str],
+    out: Path,
+    report: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Write the report and print the result."""
+    from planish.tools.quantized import render
+    from planish.tools.report import report_text
+    from planish.tools.writing import write_text
+
     if report is not None:
-        write_text(report, report_text(result.report, report))
+        write_text(report, report_text(done, report))
     if as_json:
-        written = {**result.report.to_dict(), **found.to_dict(), "output": str(out)}
-        print_json({**written, "remarks": [*result.report.remarks, *remarks]})
+        written = {**done.to_dict(), **found.to_dict(), "output": str(out)}
+        print_json({**written, "remarks": [*done.remarks, *remarks]})
         return
-    print_parts(render(result.report, found, remarks))
+    print_parts(render(done, found, remarks))
     stdout().print(f"wrote {out}", highlight=False)
 
 
@@ -206,13 +220,15 @@ def _recipe(
     return chosen
 
 
-def _data(spec: str, loaded: Loaded, batch: int | None, remarks: list[str]) -> Iterable[Any]:
+def _data(spec: str | None, loaded: Loaded, batch: int | None, remarks: list[str]) -> First | None:
     """The calibration data, in batches that the model takes."""
-    from planish.tools.calibration import load_calibration
+    from planish.tools.calibration import First, load_calibration
 
-    size = batch or _example_batch(loaded.example_inputs) or _BATCH
+    if spec is None:
+        return None
+    size = batch or _example_batch(loaded.example_inputs) or CALIBRATION_BATCH
     fixed = loaded.example_inputs is not None and loaded.dynamic_shapes is None
-    return load_calibration(spec, size, whole=fixed, remark=remarks.append)
+    return First(load_calibration(spec, size, whole=fixed, remark=remarks.append))
 
 
 def _example_batch(example_inputs: object) -> int | None:
