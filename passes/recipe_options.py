@@ -19,11 +19,13 @@ def with_padding_mask(recipe: Recipe, name: str) -> Recipe | None:
     seen: list[Pass] = []
 
     def change(pass_: Pass) -> Pass:
-        if all(f.name != "padding_mask" for f in fields(pass_)):
+        options = {f.name: f.default for f in fields(pass_)}
+        if "padding_mask" not in options:
             return pass_
         seen.append(pass_)
         changes: dict[str, Any] = {"padding_mask": name}
-        return pass_ if getattr(pass_, "padding_mask", None) else replace(pass_, **changes)
+        given = getattr(pass_, "padding_mask", None)
+        return replace(pass_, **changes) if given == options["padding_mask"] else pass_
 
     changed = _each(recipe, change)
     return changed if seen else None

@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     "--batch",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"Samples in a batch, where FILE.npz is cut; default: as the example inputs, or {CALIBRATION_BATCH}.",
+    help="Samples in a batch, where FILE.npz is cut; default: as the example inputs, or "
+    f"{CALIBRATION_BATCH}.",
 )
 @target_option
 @opset_option
