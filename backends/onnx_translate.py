@@ -28,6 +28,7 @@ from planish.backends.onnx_view import Style, Table, Translator
 from planish.backends.ort_attention_int8 import ORT_ATTENTION
 from planish.backends.ort_codes import ORT_CODES
 from planish.backends.ort_matmul import ORT_MATMUL
+from planish.backends.ort_patches import ORT_PATCHES
 from planish.backends.ort_recurrent_int8 import ORT_RECURRENT
 from planish.backends.ort_weights import ORT_WEIGHTS
 from planish.ir.program import Program
@@ -52,7 +53,7 @@ TABLE: dict[Any, Translator] = {
 # operators; tried in this order before the table, None where it declines.
 INTEGER_KERNELS: dict[str, tuple[Table, ...]] = {
     "standard": (ONNX_GRIDS,),
-    "onnxruntime": (ORT_CODES, ORT_RECURRENT, ORT_MATMUL, ORT_ATTENTION, ORT_WEIGHTS),
+    "onnxruntime": (ORT_CODES, ORT_RECURRENT, ORT_MATMUL, ORT_PATCHES, ORT_ATTENTION, ORT_WEIGHTS),
 }
 
 _EAGER_NUMBERS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)

@@ -127,6 +127,11 @@ def right_of(e: Emitter, weight: object, out_axis: int) -> Right | None:
     if q.axis not in (None, out_axis):
         return None
     codes, order = (known.t(), ".T") if out_axis == 0 else (known, "")
+    return as_right(q, codes, scale, zero, order)
+
+
+def as_right(q: Dequantized, codes: Tensor, scale: Tensor, zero: Tensor, order: str) -> Right:
+    """Codes ``[in, out]`` and their scales as a right operand; ``order`` names what was done."""
     if codes.dtype is torch.uint8:
         codes, zero = ((p.to(torch.int16) - _SIGN).to(torch.int8) for p in (codes, zero))
         order += ".s8"
@@ -142,9 +147,9 @@ def bias_of(e: Emitter, bias: Node | None) -> Tensor | ir.Value | None:
         return None
     q = dequantized(bias)
     if q is not None:
-        parts = [e.known(n) for n in (q.codes, q.scale, q.zero)]
-        if all(p is not None for p in parts):
-            return dequantize_linear(*parts, q.axis, q.block)  # type: ignore[arg-type]
+        codes, scale, zero = (e.known(n) for n in (q.codes, q.scale, q.zero))
+        if codes is not None and scale is not None and zero is not None:
+            return dequantize_linear(codes, scale, zero, q.axis, q.block)
     known = e.known(bias)
     return e.value(bias) if known is None else known
 
@@ -268,7 +273,11 @@ def codes_behind(e: Emitter, value: object) -> tuple[View, Dequantized] | None:
     seen = e.view(value)
     if seen.base is not e.view(q.node).base:
         return None  # a move was written out
-    return seen.with_base(e.view(q.codes).base), q
+    real, codes = e.view(q.node), e.view(q.codes)
+    if (real.dims, real.perm) == (codes.dims, codes.perm):
+        return seen.with_base(codes.base), q
+    # The codes were turned before they became real numbers.
+    return (codes if value is q.node else seen.with_base(e.materialize(codes))), q
 
 
 def _signed(e: Emitter, view: View, q: Dequantized) -> tuple[View, ir.Value] | None:
@@ -318,20 +327,22 @@ def _matmul(e: Emitter, node: Node) -> View | None:
 
 
 def _parts(e: Emitter, node: Node) -> list[Any] | None:
-    """The pieces of a product as products of their own."""
+    """The pieces of a product as products of their own; None for pieces of anything else."""
     from planish.backends.onnx_shapes import SHAPES
 
-    pieces = SHAPES[node.target](e, node)
-    views = pieces if isinstance(pieces, list) else []
+    if e.style.parts != "apart":
+        return None
+    views: list[Any] = SHAPES[node.target](e, node)
     splits = {v.base.producer() for v in views if isinstance(v, View)}
     split = splits.pop() if len(splits) == 1 else None
     if split is None or split.op_type != "Split" or len(split.outputs) != len(views):
-        return pieces
-    product = product_behind(e, split.inputs[0])
-    if e.style.parts != "apart" or product is None or split.attributes["axis"].as_int() != -1:
-        return pieces
+        return views
+    whole = split.inputs[0]
+    product = None if whole is None else product_behind(e, whole)
+    if product is None or split.attributes["axis"].as_int() != -1:
+        return views
     if product.bias is not None and not isinstance(product.bias, Tensor):
-        return pieces
+        return views
     made: list[Any] = []
     start = 0
     for view in views:

@@ -142,7 +142,7 @@ class _IntegerAttention(nn.Module):
             ]
             parts = made[0].chunk(3, -1) if self.joint else made
             heads = [part.view(1, 128, 12, 32).transpose(1, 2) for part in parts]
-            y = F.scaled_dot_product_attention(*heads)
+            y = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
             x = x + y.transpose(1, 2).reshape(1, 128, 384)
         return x
 

@@ -335,9 +335,9 @@ def test_self_attention_with_padding(tmp_path: Path) -> None:
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             b, s, _ = x.shape
-            heads = [f(x).view(b, s, 3, 8).transpose(1, 2) for f in (self.q, self.k, self.v)]
+            q, k, v = (f(x).view(b, s, 3, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
             open_ = mask.to(torch.bool)[:, None, None, :]
-            y = F.scaled_dot_product_attention(*heads, attn_mask=open_)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=open_)
             result: Tensor = self.out(y.transpose(1, 2).reshape(b, s, 24))
             return result
 
