@@ -51,6 +51,7 @@ class ByteLM(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 256, bias=False)
         nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.places.weight, std=0.02)
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
