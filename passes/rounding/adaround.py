@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from planish.ir.program import Program
-from planish.ir.quantscheme import QuantScheme
+from planish.ir.quantscheme import QuantScheme, spread
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.equalize._rows import padding_name
@@ -40,7 +40,6 @@ from planish.passes.rounding.targets import (
     find_weights,
     required,
     row_scheme,
-    spread_rows,
     write_codes,
 )
 
@@ -62,8 +61,8 @@ def adaround(
     """
     groups = h.shape[0]
     nearest = quantize_weight(rows, scheme, search=scheme.storage_bits < 8)
-    scale = spread_rows(nearest.scale, rows, scheme).unflatten(0, (groups, -1))
-    zero = spread_rows(nearest.zero_point, rows, scheme).unflatten(0, (groups, -1)).float()
+    scale = _spread(nearest.scale, rows, scheme, groups)
+    zero = _spread(nearest.zero_point, rows, scheme, groups).float()
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
     damped = h + damping * mean[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype)
     split = rows.float().unflatten(0, (groups, -1))
@@ -75,6 +74,12 @@ def adaround(
     ]
     ratio = torch.tensor(max(errors[0], 1e-30) / max(errors[1], 1e-30))
     return codes, float(10 * ratio.log10())
+
+
+def _spread(p: Tensor, rows: Tensor, scheme: QuantScheme, groups: int) -> Tensor:
+    """A scale or zero point for every element of ``[outputs, inputs]``, as [G, O/G, I]."""
+    wide = spread(p, rows, *scheme.layout(rows)).expand_as(rows)
+    return wide.unflatten(0, (groups, -1))
 
 
 @dataclass(frozen=True, kw_only=True)

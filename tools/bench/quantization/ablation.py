@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import click
@@ -100,7 +100,12 @@ def judged_on_signal(case: Case, held: Sequence[Inputs]) -> Case:
 
 
 def ablate(
-    case: Case, rows: Sequence[tuple[str, str]], *, calibration: int = 0, held: int = 0
+    case: Case,
+    rows: Sequence[tuple[str, str]],
+    *,
+    calibration: int = 0,
+    held: int = 0,
+    tell: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Run the recipes on one model.
 
@@ -109,6 +114,7 @@ def ablate(
         rows: (recipe, the one it is compared with); `quantize` itself always comes first.
         calibration: batches to calibrate with, at most, spread over all; 0 for all.
         held: batches to judge by, at most, by signal to noise alone; 0 for all and every figure.
+        tell: called with every row that is done.
     """
     batches = case.held()
     if held and held < len(batches):
@@ -125,6 +131,7 @@ def ablate(
         if base is not None and "sqnr_db" in row.scores and "sqnr_db" in base.scores:
             row = replace(row, gain_db=row.scores["sqnr_db"] - base.scores["sqnr_db"])
         found[recipe] = row
+        tell(row)
     return list(found.values())
 
 
@@ -182,7 +189,7 @@ def main(only: str, recipes: tuple[str, ...], calibration: int, held: int, as_js
         stderr().print(f"{case.name} ...", style="dim", markup=False)
         rows = [(r, PLAIN) for r in recipes] or ABLATIONS[case.name]
         try:
-            results[case.name] = ablate(case, rows, calibration=calibration, held=held)
+            results[case.name] = ablate(case, rows, calibration=calibration, held=held, tell=_tell)
         except PlanishError as error:  # a model that is not here: the others are
             stderr().print(f"{case.name}: {error}", style="red", markup=False)
             continue
@@ -191,6 +198,13 @@ def main(only: str, recipes: tuple[str, ...], calibration: int, held: int, as_js
     if as_json:
         click.echo(json.dumps({n: [asdict(r) for r in rows] for n, rows in results.items()}))
     sys.exit(0 if len(results) == len(chosen) else 1)
+
+
+def _tell(row: Row) -> None:
+    """A line of progress for one row."""
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in row.scores.items())
+    line = f"  {row.recipe}: {figures or row.note} ({row.seconds:.1f} s)"
+    stderr().print(line, style="dim", markup=False)
 
 
 def _print(name: str, rows: Sequence[Row]) -> None:
