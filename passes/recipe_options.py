@@ -22,10 +22,15 @@ def with_padding_mask(recipe: Recipe, name: str) -> Recipe | None:
         options = {f.name: f.default for f in fields(pass_)}
         if "padding_mask" not in options:
             return pass_
-        seen.append(pass_)
         changes: dict[str, Any] = {"padding_mask": name}
-        given = getattr(pass_, "padding_mask", None)
-        return replace(pass_, **changes) if given == options["padding_mask"] else pass_
+        changed = pass_
+        if getattr(pass_, "padding_mask", None) == options["padding_mask"]:
+            try:
+                changed = replace(pass_, **changes)
+            except ValueError:  # its other options leave nothing to mask
+                return pass_
+        seen.append(pass_)
+        return changed
 
     changed = _each(recipe, change)
     return changed if seen else None

@@ -71,7 +71,7 @@ def optimize(
         metric: ``metric(outputs, reference)``, higher is better, for ``keep-float{min_metric=..}``:
             both are what the model returns for one batch, ``reference`` in floating point.
         padding_mask: name of the input that is 0 where there is padding. Padding then counts
-            neither in ranges nor in errors.
+            neither in ranges nor in errors. None: an input called ``attention_mask``, if any.
         verify: check invariants and compare outputs after each pass, at the end, or never.
         dump_dir: a folder for the program after every pass.
         instruments: more watchers of the pipeline, outside of those that check it.

@@ -12,6 +12,7 @@ from planish.ir.program import Program
 from planish.passes.base import Contract, PassContext
 from planish.passes.pipeline import Run, run_pipeline
 from planish.passes.quantize.outputs import Judge, Padding, Score
+from planish.passes.quantize.ranges import padding_input
 from planish.passes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Runner:
         """Run a recipe, or the race that it asks for."""
         from planish.backends.registry import load_backend
 
-        padding = Padding.named(self.program, padding_mask)
+        padding = Padding.named(self.program, padding_mask or padding_input(self.program))
         if not recipe.alternatives:
             finished = self.start(recipe, None)
             return self._ended(recipe, finished, padding)

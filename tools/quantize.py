@@ -54,7 +54,11 @@ if TYPE_CHECKING:
 @click.option(
     "--exclude", multiple=True, metavar="PATTERN", help="Not these operators; repeatable."
 )
-@click.option("--padding-mask", metavar="INPUT", help="The input that is 0 where padding is.")
+@click.option(
+    "--padding-mask",
+    metavar="INPUT",
+    help="The input that is 0 where padding is; default: attention_mask, if there is one.",
+)
 @click.option("--min-sqnr-db", type=float, metavar="DB", help="Keep the outputs this near.")
 @click.option("--min-cosine", type=float, metavar="C", help="Likewise, by cosine similarity.")
 @click.option(

@@ -32,6 +32,7 @@ from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, OperatorError, Pass, PassContext, PassResult
 from planish.passes.quantize.one_by_one import alone
 from planish.passes.quantize.outputs import Batch, Judge, Padding, Score
+from planish.passes.quantize.ranges import AUTO, padding_input
 from planish.passes.quantize.restore import quantized_operators, restore
 from planish.passes.quantize.sensitivity import NotDerivableError, sensitivities
 from planish.passes.quantize.where import Where
@@ -96,7 +97,8 @@ class KeepFloat(Pass):
         batches: calibration inputs to rank by. Four, with four projections each, give the error of
             an operator to about 1.5 dB.
         judged: held-out inputs to decide by.
-        padding_mask: the input that is 0 where there is padding, which then counts nowhere.
+        padding_mask: the input that is 0 where there is padding, which then counts nowhere; "auto"
+            takes an ``attention_mask``.
     """
 
     name: ClassVar[str] = "keep-float"
@@ -115,7 +117,7 @@ class KeepFloat(Pass):
     operators: tuple[str, ...] = ()
     batches: int = 4
     judged: int = 16
-    padding_mask: str | None = None
+    padding_mask: str | None = AUTO
 
     def __post_init__(self) -> None:
         if self.batches < 1 or self.judged < 1:
@@ -183,7 +185,8 @@ class KeepFloat(Pass):
     ) -> tuple[tuple[str, ...], tuple[OperatorError, ...]]:
         """Which operators to restore, and the errors of all."""
         ranges, held_out = self._batches(context)
-        padding = Padding.named(program, self.padding_mask)
+        mask = padding_input(program) if self.padding_mask == AUTO else self.padding_mask
+        padding = Padding.named(program, mask)
         rewriter = Rewriter(program.clone(), self.name)
         names, _ = restore(rewriter, floating, [n.name for n in quantized_operators(program)])
         restored = rewriter.finish()

@@ -34,12 +34,15 @@ class Padding:
 
     @classmethod
     def named(cls, program: Program, name: str | None) -> Padding:
-        """The mask of this name.
+        """The mask of this name: the caller's own, or that of the placeholder.
 
         Raises:
             UsageError: the program has no such input.
         """
         names = program.signature.tensor_names
+        nodes = [node.name for node in program.placeholders]
+        if name in nodes and name not in names:
+            return cls(nodes.index(name))
         if name is not None and name not in names:
             raise UsageError(
                 f"the padding mask {name!r} is no input", hint=suggestion(name, names, "inputs")

@@ -140,8 +140,9 @@ def test_a_mask_goes_into_every_pass_that_takes_one() -> None:
     found = with_padding_mask(Recipe.parse("int8"), "mask")
     assert found is not None
     for text in found.alternatives.values():
-        masks = [getattr(p, "padding_mask", "mask") for p in Recipe.parse(text).passes]
-        assert set(masks) == {"mask"}
+        for pass_ in Recipe.parse(text).passes:
+            if "mode=dynamic" not in text or pass_.name != "quantize":  # its ranges need no data
+                assert getattr(pass_, "padding_mask", "mask") == "mask", pass_
         assert "padding_mask=mask" in text
     assert with_padding_mask(Recipe.parse("exact"), "mask") is None
 
