@@ -47,7 +47,7 @@ class Quantize(Pass):
 
     Attributes:
         mode: ranges of values "static" from calibration, "dynamic" at run time, or only weights
-            ("weight").
+            ("weight"). The state of an LSTM gets its range at run time in any of them.
         activations: integers of values; "none" is mode "weight".
         weights: integers of weights.
         granularity: what shares a scale in a weight: an output "channel", a "block" of
@@ -189,12 +189,7 @@ class Quantize(Pass):
         embedding = mode == "weight" if self.embedding is None else self.embedding
         if kind == "embedding" and not embedding:
             return "tables of embeddings stay in float without embedding=true"
-        if kind == "recurrent" and mode == "static":
-            return (
-                "its state gets its range at run time: quantize it by mode=dynamic and "
-                "where={include=[aten.lstm.input]}"
-            )
-        if is_op(node, aten.gru.input) and mode == "dynamic":
+        if is_op(node, aten.gru.input) and mode != "weight":
             return "runtimes have no integer kernel for GRUs: only mode=weight makes them small"
         if kind == "convolution" and mode == "dynamic":
             return "convolutions gain nothing by ranges found at run time: use mode=static"

@@ -183,10 +183,11 @@ def test_embeddings_where_asked_for() -> None:
     assert rules["dynamic"] == {"quantize-linear"}
 
 
-def test_every_weight_of_an_lstm() -> None:
+@pytest.mark.parametrize("mode", ["static", "dynamic", "weight"])
+def test_every_weight_of_an_lstm(mode: str) -> None:
     lstm = nn.LSTM(4, 3, bidirectional=True, batch_first=True)
     program = captured(lambda m, x: m.rnn(x)[0], normal(2, 5, 4), rnn=lstm)
-    result = quantized(program, mode="dynamic")
+    result = quantized(program, mode=mode)
     (node,) = [n for n in result.program.operators if op_name(n.target) == "aten.lstm.input"]
     params: Any = node.args[2]
     assert [is_dequantized(p) for p in params] == [True, True, False, False] * 2
