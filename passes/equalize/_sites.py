@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from planish.passes.fold._axes import axis_after, only_moves, producer, value_us
 from planish.passes.rounding.targets import Weight
 
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
-_VALUE_OPERAND = {aten.addmm.default: 1}
+_VALUE_OPERAND: dict[Any, int] = {aten.addmm.default: 1}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def _maker(root: Node) -> Node | None:
 
 def _linear(value: object) -> Node | None:
     """A linear that a single operator reads."""
-    return value if is_op(value, aten.linear.default) and len(value.users) == 1 else None  # type: ignore[union-attr, return-value]
+    if not isinstance(value, Node) or not is_op(value, aten.linear.default):
+        return None
+    return value if len(value.users) == 1 else None
 
 
 def _shape(value: object) -> tuple[str, ...]:

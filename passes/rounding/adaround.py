@@ -79,7 +79,8 @@ def adaround(
 def _spread(p: Tensor, rows: Tensor, scheme: QuantScheme, groups: int) -> Tensor:
     """A scale or zero point for every element of ``[outputs, inputs]``, as [G, O/G, I]."""
     wide = spread(p, rows, *scheme.layout(rows)).expand_as(rows)
-    return wide.unflatten(0, (groups, -1))
+    split: Tensor = wide.unflatten(0, (groups, -1))
+    return split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from planish.passes.quantize.weights import quantize_bias
 
 def corrected(
     bias: Tensor | None, scale: Tensor | None, error: Tensor
-) -> tuple[Tensor, Tensor | None] | None:
+) -> tuple[Tensor, Tensor] | None:
     """A bias with the mean error added.
 
     Args:
@@ -80,7 +80,7 @@ def new_bias(program: Program, node: Node, error: Tensor) -> NewBias | None:
     elif bias is None:
         scale = _product_scale(program, node, operands, len(error))
     found = corrected(bias, scale, error)
-    return None if found is None else NewBias(*found, scale)
+    return None if found is None else NewBias(found[0], found[1], scale)
 
 
 def _product_scale(

@@ -32,7 +32,7 @@ CHANNELS = QuantScheme(dtype="int8", granularity="channel", axis=0, narrow=True)
 
 def _grid(rows: list[list[float]], gram: list[list[float]], **learning: int) -> Tensor:
     steps, ones = torch.tensor([rows]), torch.ones(1, len(rows), len(rows[0]))
-    how = Learning(**{"iterations": 100, "sweeps": 2, **learning})  # type: ignore[arg-type]
+    how = Learning(**{"iterations": 100, "sweeps": 2, **learning})
     return learn_rounding(steps, torch.tensor([gram]), ones, (-8, 7), how)[0]
 
 
