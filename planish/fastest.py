@@ -7,7 +7,7 @@ faster than the recipe's own passes, which keep the model in floating point? It 
    alternative runs, is exported for the target, and has to keep its own bound (``keep-float``) on
    inputs that nothing was calibrated with; what fails is out, with the reason.
 2. The files run in alternation, on one thread, on one calibration sample; the ratio of the fastest
-   runs decides, and among files within a tenth of the fastest the fidelity. A few seconds.
+   runs decides, and among files within a quarter of the fastest the fidelity. A few seconds.
 3. Where the winner is not clearly faster than float, regions of it go back to floating point where
    that is faster: a region is a set of operators that hand each other integers, and regions of the
    same operators and shapes are tried together. First those that the runtime computes in float
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 FLOAT = "float"
 CLEAR = 1.15  # a winner faster than float by this is taken as it is
 GAIN = 1.02  # a trial must be faster by this: less is noise
-NEAR = 1.1  # of files within this of the fastest, the most exact is taken
+NEAR = 1.25  # of files within this of the fastest, the most exact is taken
 _TRIALS = 10
 _TRIAL_SECONDS = 90.0  # for all of them together
 _RACE_SECONDS, _TRIAL_RACE_SECONDS = 4.0, 1.5
@@ -289,7 +289,7 @@ def _lost(entrant: Entrant, winner: Entrant) -> str:
     if _ratio(entrant) < 1.0:
         return "slower than float"
     if _ratio(entrant) > _ratio(winner):
-        return f"hardly faster than {winner.name}, and less exact"
+        return f"little faster than {winner.name}, and less exact"
     return f"slower than {winner.name}"
 
 

@@ -225,7 +225,7 @@ def test_of_two_about_as_fast_the_more_exact_is_taken(
     assert second.score is not None
     assert second.score.fidelity.sqnr_db > first.score.fidelity.sqnr_db
     assert second.verdict == "taken"
-    assert first.verdict == "hardly faster than eight, and less exact"
+    assert first.verdict == "little faster than eight, and less exact"
 
 
 def test_missing_calibration_is_an_error_and_no_verdict() -> None:
