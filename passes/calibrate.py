@@ -308,7 +308,19 @@ def _refuse_labels(
         raise UsageError(
             f"it holds {stray[0]!r}, which the model does not take ({names})",
             where=where,
-            hint="give inputs only, without labels",
+            hint="name inputs as the model does, and give inputs only, without labels",
+        )
+    # Tokenizers give more than a model needs; a value equal to the default is let pass later.
+    optional = [
+        name
+        for name, value in kwargs.items()
+        if name not in taken and isinstance(value, Tensor) and signature.defaults[name] is None
+    ]
+    if optional:
+        raise UsageError(
+            f"it holds {optional[0]!r}, which the model was captured without ({names})",
+            where=where,
+            hint="leave it out of the data, or capture with example inputs that hold it",
         )
 
 

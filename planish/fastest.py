@@ -37,6 +37,7 @@ from planish.passes.quantize.islands import alike, islands
 from planish.passes.quantize.keep_float import KeepFloat, kept_in_float
 from planish.passes.quantize.outputs import Judge, Padding, Score
 from planish.passes.quantize.restore import quantized_operators
+from planish.passes.quantize.where import NoSuchOperatorError
 from planish.passes.recipe import Recipe
 from planish.passes.steps import Run
 from planish.race import Entrant, Race
@@ -53,6 +54,8 @@ _TRIALS = 10
 _TRIAL_SECONDS = 90.0  # for all of them together
 _RACE_SECONDS, _TRIAL_RACE_SECONDS = 4.0, 1.5
 JUDGED = 16  # held-out batches that decide
+
+_CALLERS = (RequirementError, UsageError, RecipeError, NoSuchOperatorError)  # theirs to mend
 
 Start = Callable[[Recipe, str], Run]  # runs a recipe under a name and returns the run
 
@@ -150,7 +153,7 @@ class Fastest:
             artifact = self._exported(run.program, verify=name != FLOAT)
         except PlanishError as error:
             # Missing data is the caller's to add, and what the float file fails by is no choice.
-            if name == FLOAT or isinstance(error, (RequirementError, UsageError, RecipeError)):
+            if name == FLOAT or isinstance(error, _CALLERS):
                 raise
             self.remarks.append(f"{name} is out of the race, it failed: {error.what}")
             return Entrant(name=name, verdict=f"failed: {error.what}")

@@ -9,7 +9,10 @@ import pytest
 
 from planish.tools.cli import COMMANDS, main
 from tests.support.real_models import loaded
+from tests.support.repository import ROOT
 from tests.support.walkthrough import BUNDLE, DEBUGGING, WRONG, blocks
+
+QUANTIZATION = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
 
 
 def shown(block: str) -> list[tuple[list[str], list[str]]]:
@@ -101,3 +104,65 @@ def test_options_and_commands_exist() -> None:
     (table,) = re.findall(r"^\| bad is.*?\n\n", DEBUGGING, re.S | re.M)
     assert set(re.findall(r"`(--[\w-]+)", table)) <= options
     assert set(re.findall(r"`planish ([\w-]+)", DEBUGGING)) <= set(COMMANDS)
+
+
+# -- quantization.md ------------------------------------------------------------------------------
+
+
+def on_the_page(language: str) -> list[str]:
+    """The code blocks of a language in quantization.md."""
+    return re.findall(rf"^```{language}\n(.*?)^```", QUANTIZATION, re.S | re.M)
+
+
+def without_numbers(text: str) -> str:
+    """A text whose figures and line breaks do not matter: they depend on the machine."""
+    return " ".join(re.sub(r"\d+(\.\d+)?", "#", text).split())
+
+
+def test_the_encoder_becomes_integers_as_the_page_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from planish.tools.bench.real_inputs import SENTENCES
+
+    lines = [f"{SENTENCES[i % 12]} {SENTENCES[i * 5 % 12]}" for i in range(32)]
+    (folder / "sentences.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    exec(compile(on_the_page("python")[0], "quantization.md", "exec"), {"__name__": "docs"})
+    walk = [step for block in on_the_page("console") for step in shown(block)]
+    assert [command[1] for command, _ in walk] == ["quantize", "quantize"]
+    for command, expected in walk:
+        code, output = printed(command, monkeypatch, capsys)
+        assert code == 0, output[-500:]
+        assert (folder / command[command.index("-o") + 1]).is_file()
+        assert expected
+        for line in expected:
+            wanted = without_numbers(line.removesuffix("..."))
+            assert wanted in without_numbers(output), (line, output)
+
+
+def test_the_repairs_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {"__name__": "docs"}
+    exec(compile(on_the_page("python")[1], "quantization.md", "exec"), space)
+    assert (tmp_path / "repaired.onnx").is_file()
+    assert "cosine" in capsys.readouterr().out
+
+
+def test_the_page_names_what_exists() -> None:
+    from planish.passes.recipe import RECIPES
+    from planish.passes.registry import pass_names
+    from planish.tools.quantize import quantize
+
+    def rows(title: str) -> set[str]:
+        tables = re.findall(rf"^\| {title} \|.*?\n\n", QUANTIZATION, re.S | re.M)
+        return set(re.findall(r"^\| `([\w-]+)`", "".join(tables), re.M))
+
+    assert rows("recipe") == set(RECIPES) - {"none", "exact"}
+    unnamed = {"quantize", "cast-half"}  # these are no repairs
+    exact = {"smooth-quant", "migrate-gamma", "equalize-layers", "split-outliers"}
+    assert exact <= rows("pass") <= set(pass_names()) - unnamed
+    options = {name for parameter in quantize.params for name in parameter.opts}
+    for name in re.findall(r"`(--[\w-]+)", QUANTIZATION):
+        assert name in options, name
+    assert set(re.findall(r"`planish ([\w-]+)", QUANTIZATION)) <= set(COMMANDS)

@@ -130,7 +130,17 @@ def _arrays(path: Path) -> dict[str, Tensor]:
             hint="write it with np.savez(path, name_of_input=array, ...); no Python objects",
         ) from error
     if not found:
-        raise UsageError(f"{str(path)!r} holds no array")
+        raise UsageError(
+            f"{str(path)!r} holds no array",
+            hint="write it with np.savez(path, name_of_input=array, ...)",
+        )
+    for name, value in found.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UsageError(
+                f"{name!r} in {str(path)!r} holds NaN or infinity",
+                where=f"sample {int((~value.isfinite()).nonzero()[0][0])}" if value.dim() else None,
+                hint="leave such samples out: no range can be taken from them",
+            )
     return found
 
 
@@ -152,7 +162,13 @@ def _cut(
         UsageError: the arrays do not hold the same number of samples.
     """
     counts = {name: (value.shape[0] if value.dim() else 0) for name, value in arrays.items()}
-    if len(set(counts.values())) > 1 or 0 in counts.values():
+    if not any(counts.values()):
+        raise UsageError(
+            f"{str(path)!r} holds no samples: "
+            + ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items()),
+            hint="the first axis of every array counts samples; a few hundred are enough",
+        )
+    if len(set(counts.values())) > 1:
         shown = ", ".join(f"{name} {list(value.shape)}" for name, value in arrays.items())
         raise UsageError(
             f"the arrays of {str(path)!r} hold different numbers of samples: {shown}",

@@ -36,11 +36,16 @@ class Bounds:
         """The options that were given.
 
         Raises:
-            UsageError: a number of operators without a bound.
+            UsageError: a number of operators without a bound, or a cosine that cannot be.
         """
         from planish.ir.errors import UsageError
 
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.min_cosine is not None and not -1 <= self.min_cosine < 1:
+            raise UsageError(
+                f"--min-cosine {self.min_cosine:g} can never be kept by integers",
+                hint="give a number below 1, such as 0.998",
+            )
         if set(given) == {"max_operators"}:
             raise UsageError(
                 "--max-float without a bound to keep",

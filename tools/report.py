@@ -13,6 +13,7 @@ import click
 from planish.ir.errors import UsageError
 from planish.tools.console import print_json, stages, stdout
 from planish.tools.options import (
+    CALIBRATION_BATCH,
     calibration_option,
     check_output,
     check_target,
@@ -170,13 +171,16 @@ def _run(
     quiet: bool,
 ) -> Report:
     from planish.passes.recipe import resolve
-    from planish.tools.loading import import_callable, load_model
+    from planish.tools.calibration import load_calibration
+    from planish.tools.loading import load_model
 
     resolve(recipe)  # a mistyped recipe is told before the model is loaded
     with stages(quiet=quiet) as stage, tempfile.TemporaryDirectory() as folder:
         stage("loading")
         loaded = load_model(model)
-        extra = {"calibration": import_callable(calibration)()} if calibration is not None else {}
+        extra = {}
+        if calibration is not None:
+            extra["calibration"] = load_calibration(calibration, CALIBRATION_BATCH)
         result = optimize_loaded(
             loaded, stage, recipe=recipe, target=target, verify=verify, seed=seed, extra=extra
         )

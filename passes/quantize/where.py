@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from torch.fx import Node
 
@@ -15,6 +16,12 @@ from planish.passes.spec import suggestion
 
 ATTENTION = aten.scaled_dot_product_attention.default
 DECOMPOSE = "decompose-attention"  # the rule that writes attention as products
+
+
+class NoSuchOperatorError(PassError):
+    """A pattern matches nothing: the caller's to mend, whichever recipes might do without."""
+
+    exit_code: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,7 @@ class Where:
         """Hold the patterns against a program.
 
         Raises:
-            PassError: a pattern matches no operator of it, which is a slip of the pen.
+            NoSuchOperatorError: a pattern matches no operator of it, a slip of the pen.
         """
         if not (self.include or self.exclude):
             return
@@ -58,7 +65,7 @@ class Where:
         for option in ("include", "exclude"):
             for pattern in getattr(self, option):
                 if not _any((pattern,), known):
-                    raise PassError(
+                    raise NoSuchOperatorError(
                         f"where.{option} holds {pattern!r}, which no operator answers to",
                         hint=suggestion(pattern, known, "names"),
                     )
