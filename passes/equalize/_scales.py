@@ -21,6 +21,8 @@ FLOOR = 1e-5
 # usual one.
 LIVELY = 0.05
 _CLIPS = (1.0, 0.85, 0.7)
+# Outputs that a search looks at: each has a scale of its own, so a share of them tells of all.
+_OUTPUTS = 1024
 _VALUES = QuantScheme(dtype="uint8", symmetric=False)
 _WEIGHTS = QuantScheme(dtype="int8", granularity="channel", axis=0, narrow=True)
 
@@ -108,10 +110,11 @@ def search(
         alphas: what to try.
         outliers: whether scales of outliers alone are tried as well.
     """
+    w_max = weights.abs().amax(0)
+    weights = weights[:: math.ceil(weights.shape[0] / _OUTPUTS)]
     exact = F.linear(rows, weights)
     energy = exact.square().mean(1, keepdim=True)
     energy = energy + 0.1 * energy.median() + 1e-30
-    w_max = weights.abs().amax(0)
 
     def decibels(scale: Tensor) -> float:
         scaled, rounded = rows / scale, _WEIGHTS.fake(weights * scale)
