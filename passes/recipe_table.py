@@ -61,10 +61,14 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
     ),
     "int8-dynamic": ("exact", "quantize{mode=dynamic}"),
     "int8-weight": ("exact", "quantize{mode=weight}"),
-    "int4-weight": ("exact", "hqq"),
+    "int4-weight": (
+        "exact",
+        "choose-bits",
+        "fuse-parallel-linears",
+        "gptq{without_data=hqq}",
+    ),
     "int8": (
-        f'alternatives={{int8-static="int8-static,{_FLOOR}",'
-        f'int8-dynamic="int8-dynamic,{_FLOOR}"}}',
+        f'alternatives={{int8-static="int8-static,{_FLOOR}",int8-dynamic="int8-dynamic,{_FLOOR}"}}',
         "exact",
     ),
 }

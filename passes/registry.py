@@ -53,6 +53,7 @@ REGISTRY: Mapping[str, str] = {
     "adaround": "planish.passes.rounding.adaround:AdaRound",
     "correct-bias": "planish.passes.rounding.correct_bias:CorrectBias",
     "round-weights": "planish.passes.rounding.round_weights:RoundWeights",
+    "choose-bits": "planish.passes.rounding.choose_bits:ChooseBits",
     "hqq": "planish.passes.rounding.hqq:Hqq",
     "gptq": "planish.passes.rounding.gptq:Gptq",
     "awq": "planish.passes.rounding.awq:Awq",

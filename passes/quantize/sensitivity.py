@@ -60,6 +60,7 @@ def sensitivities(
     generator: torch.Generator,
     padding: Padding = Padding(),  # noqa: B008 - frozen
     projections: int = 4,
+    independent_rows: bool = False,
 ) -> tuple[OperatorError, ...]:
     """Estimate the output error of every operator in one sweep.
 
@@ -71,6 +72,9 @@ def sensitivities(
         generator: draws the signs.
         padding: what does not count in the outputs.
         projections: backward passes for each batch.
+        independent_rows: take the moves of different rows (all but the last axis) as independent:
+            squares are added up row by row, so that few projections give a steady estimate. It
+            leaves out what all rows have in common.
 
     Returns:
         One entry per operator, the worst first.
@@ -81,7 +85,10 @@ def sensitivities(
     nodes = {node.name: node for node in quantized.operators if node.name in set(names)}
     sums = {name: Sums() for name in nodes}
     for inputs in batches:
-        _sweep(floating, quantized, nodes, sums, inputs, generator, padding, projections)
+        _sweep(
+            floating, quantized, nodes, sums, inputs, generator, padding, projections,
+            independent_rows,
+        )  # fmt: skip
     return ranked(nodes, sums)
 
 
@@ -94,6 +101,7 @@ def _sweep(
     generator: torch.Generator,
     padding: Padding,
     projections: int,
+    independent_rows: bool,
 ) -> None:
     """One batch: forward, keeping what the backward passes need, and those."""
     roots: list[tuple[str, Tensor, Tensor]] = []  # operator, (part of) its value, its move
@@ -120,14 +128,17 @@ def _sweep(
                 retain_graph=number < projections - 1,
                 allow_unused=True,
             )
-            along: dict[str, float] = dict.fromkeys(nodes, 0.0)
+            found: dict[str, Tensor] = {}
             for (name, _, move), gradient in zip(roots, gradients, strict=True):
                 if gradient is not None:
-                    along[name] += float((gradient.double() * move.double()).sum())
-            for name, product in along.items():
-                if not math.isfinite(product):
+                    product = gradient.double() * move.double()
+                    along = product.sum(-1) if independent_rows else product.sum()
+                    found[name] = found[name] + along if name in found else along
+            for name in nodes:
+                noise = float(found[name].square().sum()) if name in found else 0.0
+                if not math.isfinite(noise):
                     raise NotDerivableError
-                sums[name].noise += product * product
+                sums[name].noise += noise
                 sums[name].count += 1
 
 

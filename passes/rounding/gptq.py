@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,57 +36,13 @@ from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.quantize.weights import Codes
 from planish.passes.quantize.where import Where
 from planish.passes.rounding.clipping import clipped_ranges, fitted, spread_rows
+from planish.passes.rounding.columns import BATCH, inverse_factor, sweep
+from planish.passes.rounding.hqq import Hqq
 from planish.passes.rounding.layerwise import Factors, round_in_sequence
 from planish.passes.rounding.round_weights import WeightType
 from planish.passes.rounding.targets import find_weights, required
 
-_BATCH = 128  # columns between two products with the rest of the matrix
-
-
-def inverse_factor(h: Tensor, damping: float) -> Tensor:
-    """``U`` of ``(H + d I)^-1 = U^T U``, upper triangular, float64; H has no dead inputs."""
-    damped = h + torch.eye(len(h), dtype=h.dtype) * (damping * h.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
-
-
-def sweep(
-    rows: Tensor,
-    factor: Tensor,
-    round_column: Callable[[Tensor, int], Tensor],
-    *,
-    batch: int = _BATCH,
-    before: Callable[[Tensor, int], None] | None = None,
-) -> tuple[Tensor, float]:
-    """Round columns from left to right, and repair each error in the columns to come.
-
-    Args:
-        rows: ``[O, I]``.
-        factor: ``U``, ``[I, I]``.
-        round_column: column ``[O]`` and its index to the column as it is written.
-        batch: columns between two products with the rest; the result does not depend on it.
-        before: shown the weights as they have become, ahead of each column.
-
-    Returns:
-        The rounded weights, ``[O, I]``, and the sum of ``e^2 / 2``.
-    """
-    w = rows.clone()
-    done = torch.empty_like(w)
-    loss = 0.0
-    for start in range(0, w.shape[1], batch):
-        stop = min(start + batch, w.shape[1])
-        errors = torch.empty(w.shape[0], stop - start, dtype=w.dtype)
-        for i in range(start, stop):
-            if before is not None:
-                before(w, i)
-            done[:, i] = round_column(w[:, i], i)
-            e = (w[:, i] - done[:, i]) / factor[i, i]
-            w[:, i + 1 : stop].addr_(e, factor[i, i + 1 : stop], alpha=-1)
-            errors[:, i - start] = e
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
-        loss += float(errors.double().square().sum()) / 2
-    return done, loss
+_ROWS = 512  # at a time, so that a batch of columns stays in the cache
 
 
 def gptq(
@@ -120,6 +76,14 @@ def gptq(
     """
     if reorder and not static:
         raise ValueError("columns can be reordered only with static scales")
+    factors = {} if factors is None else factors
+    if static and len(rows) > _ROWS:
+        parts = [
+            gptq(part, h, scheme, damping=damping, reorder=reorder, clip=clip, fit=fit,
+                 factors=factors)
+            for part in rows.split(_ROWS)
+        ]  # fmt: skip
+        return _joined([codes for codes, _ in parts]), sum(loss for _, loss in parts)
     h, dead = h.double().clone(), h.diagonal() == 0
     rows = rows.float().clone()
     rows[:, dead] = 0
@@ -127,10 +91,11 @@ def gptq(
     ranges = _searched(scheme) if clip else _plain(scheme)
     scale, zero = ranges(rows, h)
     scales, zeros = (spread_rows(p, rows, scheme).float().contiguous() for p in (scale, zero))
+    scales, zeros = scales.t()[order].contiguous(), zeros.t()[order].contiguous()
     low, high = scheme.range
 
     def round_column(column: Tensor, i: int) -> Tensor:
-        s, z = scales[:, order[i]], zeros[:, order[i]]
+        s, z = scales[i], zeros[i]
         return (((column / s).round() + z).clamp(low, high) - z) * s
 
     def regroup(w: Tensor, i: int) -> None:
@@ -139,10 +104,10 @@ def gptq(
             s, z = ranges(w[:, i:stop].contiguous(), h[i:stop, i:stop])
             group = i // scheme.block_size
             scale[:, group], zero[:, group] = s[:, 0], z[:, 0]
-            scales[:, i:stop], zeros[:, i:stop] = s, z.float()
+            scales[i:stop], zeros[i:stop] = s.t(), z.t().float()
 
     # A group must not straddle two batches: its later columns would be repaired too late.
-    batch = _BATCH if static else max(_BATCH, scheme.block_size)
+    batch = BATCH if static else max(BATCH, scheme.block_size)
     done, loss = sweep(
         rows[:, order], factor, round_column, batch=batch, before=None if static else regroup
     )
@@ -152,6 +117,12 @@ def gptq(
     if fit and scheme.granularity == "block":
         return fitted(rows, h, codes, damping), loss
     return codes, loss
+
+
+def _joined(parts: list[Codes]) -> Codes:
+    """The rows of several parts, one below the other."""
+    fields = ((c.codes, c.scale, c.zero_point) for c in parts)
+    return Codes(*[torch.cat(tensors) for tensors in zip(*fields, strict=True)], parts[0].scheme)
 
 
 def _searched(scheme: QuantScheme) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -198,6 +169,7 @@ class Gptq(Pass):
         embeddings: also tables that are only looked up in; of these each number is rounded alone.
         convolutions: also convolutions, per channel.
         padding_mask: input that is 1 for tokens and 0 for padding, which is left out of H.
+        without_data: what to do where there is no calibration: fail, or round by hqq and say so.
         where: a choice among the operators.
     """
 
@@ -218,10 +190,18 @@ class Gptq(Pass):
     embeddings: bool = True
     convolutions: bool = False
     padding_mask: str = ""
+    without_data: Literal["fail", "hqq"] = "fail"
     where: Where = field(default_factory=Where)
+
+    def needs(self) -> frozenset[Fact]:
+        """Calibration, but for where ``hqq`` may stand in."""
+        return self.requires if self.without_data == "fail" else frozenset()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Round every weight, in program order."""
+        if context.calibration is None and self.without_data == "hqq":
+            context.remark("there is no calibration data: hqq rounded, not gptq")
+            return self._without_data().run(program, context)
         weights, refusals = find_weights(
             program, embeddings=self.embeddings, convolutions=self.convolutions, where=self.where
         )
@@ -235,6 +215,12 @@ class Gptq(Pass):
             self.padding_mask,
         )
         return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))
+
+    def _without_data(self) -> Hqq:
+        return Hqq(
+            dtype=self.dtype, block_size=self.block_size, symmetric=self.symmetric,
+            embeddings=self.embeddings, convolutions=self.convolutions, where=self.where,
+        )  # fmt: skip
 
     def _round(
         self, rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors
