@@ -52,7 +52,8 @@ class PassContext:
         loss: ``loss(outputs, batch)``, or None.
         generator: the only source of randomness a pass may use.
         remark: takes a sentence for the report.
-        tell: takes (batches done, batches in all) from a pass that reads the calibration inputs.
+        tell: takes (steps done, steps in all), first with 0, from a pass that takes long: batches
+            of calibration inputs, weights, or both added up.
         sites: numbers the rewrite sites of the whole run.
     """
 

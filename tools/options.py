@@ -82,7 +82,7 @@ def optimize_loaded(
         if event.kind == "pass":
             stages(f"pass: {event.name}", event.index - 1, event.total)
         elif event.kind == "batch":
-            stages(f"pass: {event.name}: calibrating", event.batch, event.batches)
+            stages(f"pass: {event.name}", event.batch, event.batches)
         elif event.kind == "end":
             stages("comparing")
 

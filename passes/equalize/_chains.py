@@ -74,6 +74,8 @@ def find_chain(first: Node, program: Program) -> Chain | str | None:
             mode, value = argument(user, "mode"), argument(user, "value")
             if mode != "constant" or value not in (None, 0, 0.0):
                 return f"{describe(user)} pads with something else than zeros"
+            if any(argument(user, "pad")[2 * _CONVOLUTIONS.get(first.target, 0) :]):
+                return f"{describe(user)} pads the channels"
         elif activation is None and user.target in _HOMOGENEOUS:
             activation = user
         elif activation is None and user.target in _CLAMPS:
@@ -101,7 +103,7 @@ def _checked(
 ) -> Chain | str:
     if second.args[0] is not operand:
         return f"{describe(second)} reads it as its weight"
-    if is_op(first, aten.linear.default) != is_op(second, aten.linear.default):
+    if _CONVOLUTIONS.get(first.target, 0) != _CONVOLUTIONS.get(second.target, 0):
         return "its channels change their axis on the way"
     for layer in (first, second):
         for role in ("weight", "bias"):

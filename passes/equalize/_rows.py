@@ -14,7 +14,7 @@ from planish.ir.errors import PassError, RequirementError
 from planish.ir.execute import run
 from planish.ir.program import Program
 from planish.passes.observe.feeding import Batches, Padding, Tell, required
-from planish.passes.observe.layout import Layout
+from planish.passes.observe.layout import Layout, rows_of
 from planish.passes.quantize.ranges import AUTO, padding_input
 
 
@@ -107,8 +107,8 @@ def sample_rows(
             held = kept.get(node)
             if held is None:
                 return
-            for piece in held.layout.pieces(value, mask, samples):
-                rows = piece.reshape(-1, piece.shape[-1]).to(torch.float32)
+            for piece in rows_of(held.layout, value, mask, samples):
+                rows = piece.to(torch.float32)
                 if not bool(rows.isfinite().all()):
                     raise PassError(
                         f"calibration batch {number} makes {node.name} NaN or infinite", where=node

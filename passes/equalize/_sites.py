@@ -128,7 +128,8 @@ def _maker(root: Node) -> Node | None:
         # A gated unit: act(gate) * up; the gate's side is no place for a scale.
         for side, other in (root.args[:2], root.args[1::-1]):
             linear = _linear(side)
-            if linear is not None and _shape(side) == _shape(other):
+            # A square would take the scale twice.
+            if linear is not None and side is not other and _shape(side) == _shape(other):
                 return linear
     return _value_projection(root)
 

@@ -115,10 +115,13 @@ class SmoothQuant(Pass):
             self.rows,
             context.generator,
             padding_mask=self.padding_mask,
+            tell=lambda done, total: context.tell(done, total + len(sites)),
         )
+        batches = len(context.calibration or ())
         rewriter = Rewriter(program, self.name, context.sites)
-        for site in sites:
+        for done, site in enumerate(sites, 1):
             choice = self._choose(site, seen[site.root])
+            context.tell(batches + done, batches + len(sites))
             if isinstance(choice, str):
                 refusals.append(_refusal(site, choice))
                 continue

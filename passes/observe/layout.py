@@ -82,6 +82,29 @@ class Layout:
                 yield sample
 
 
+def rows_of(
+    held: Layout, x: Tensor, mask: Tensor | None, samples: int, axis: int = -1
+) -> Iterator[Tensor]:
+    """A value without padding as rows of channels, [n, C] piece by piece.
+
+    Where the layout takes the channels themselves for the samples, which happens where both are of
+    one size, nothing can be left out.
+
+    Args:
+        held: of the value.
+        x: the value, of rank 1 or more.
+        mask: as ``Layout.pieces`` takes it.
+        samples: likewise.
+        axis: of the channels.
+    """
+    inner = held.axis(axis, x.dim())
+    if inner is None:
+        yield x.movedim(axis, -1).reshape(-1, x.shape[axis])
+        return
+    for piece in held.pieces(x, mask, samples):
+        yield piece.movedim(inner, -1).reshape(-1, piece.shape[inner])
+
+
 def dims(declared: Tensor) -> Dims:
     """The sizes of a declared value as expressions."""
     sizes: tuple[Any, ...] = tuple(declared.shape)

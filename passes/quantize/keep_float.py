@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import ClassVar
 
@@ -30,7 +31,7 @@ from planish.ir.errors import PassError, RequirementError
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, OperatorError, Pass, PassContext, PassResult
-from planish.passes.quantize.one_by_one import alone
+from planish.passes.quantize.one_by_one import alone, counted
 from planish.passes.quantize.outputs import Batch, Judge, Padding, Score
 from planish.passes.quantize.ranges import AUTO, padding_input
 from planish.passes.quantize.restore import quantized_operators, restore
@@ -156,8 +157,7 @@ class KeepFloat(Pass):
                 hint="run it in one recipe with quantize, behind it",
             )
         floating = context.float_program()
-        fixed = self._fixed(program)
-        chosen = fixed
+        chosen = fixed = self._fixed(program)
         errors: tuple[OperatorError, ...] = ()
         if self.bounded:
             chosen, errors = self._choose(program, floating, fixed, context)
@@ -171,14 +171,12 @@ class KeepFloat(Pass):
         nodes = quantized_operators(program)
         for pattern in self.operators:
             if not any(Where(include=(pattern,)).takes(node) for node in nodes):
-                known = [node.name for node in nodes]
                 raise PassError(
                     f"operators holds {pattern!r}, which no quantized operator answers to",
-                    hint=suggestion(pattern, known, "operators"),
+                    hint=suggestion(pattern, [n.name for n in nodes], "operators"),
                 )
-        if not self.operators:
-            return ()
-        return tuple(n.name for n in nodes if Where(include=self.operators).takes(n))
+        chosen = Where(include=self.operators)
+        return tuple(n.name for n in nodes if self.operators and chosen.takes(n))
 
     def _choose(
         self, program: Program, floating: Program, fixed: tuple[str, ...], context: PassContext
@@ -190,20 +188,22 @@ class KeepFloat(Pass):
         rewriter = Rewriter(program.clone(), self.name)
         names, _ = restore(rewriter, floating, [n.name for n in quantized_operators(program)])
         restored = rewriter.finish()
+        steps = len(ranges) + 2 + len(names).bit_length() + _RETRIES  # as many scores at most
+        told = partial(counted, ranges, context.tell, steps)
         try:
             errors = sensitivities(
-                restored, program, names, ranges, generator=context.generator, padding=padding
+                restored, program, names, told(), generator=context.generator, padding=padding
             )
         except NotDerivableError:
-            errors = alone(restored, program, names, ranges, padding=padding)
+            errors = alone(restored, program, names, told(), padding=padding)
         judge = Judge(floating, held_out, padding, context.metric)
         scores: dict[frozenset[str], Score] = {}
 
         def score(kept: Sequence[str]) -> Score:
             key = frozenset((*fixed, *kept))
             if key not in scores:
-                trial = kept_in_float(program, floating, (*fixed, *kept))
-                scores[key] = judge.score(trial)
+                context.tell(min(len(ranges) + len(scores), steps), steps)
+                scores[key] = judge.score(kept_in_float(program, floating, (*fixed, *kept)))
             return scores[key]
 
         order = [e.node for e in errors if e.node not in fixed]
@@ -211,6 +211,7 @@ class KeepFloat(Pass):
         found = fewest(order[:limit], lambda kept: self.holds(score(kept)))
         kept = tuple(order[:limit]) if found is None else found
         before, after = score(()), score(kept)
+        context.tell(steps, steps)
         summary = (
             f"{len(fixed) + len(kept)} of {len(names)} quantized operators stay in floating point: "
             f"{after} on {len(held_out)} batches; all of them quantized: {before}"
@@ -245,6 +246,5 @@ class KeepFloat(Pass):
     @property
     def bounds(self) -> str:
         """The bound as text: ``min_sqnr_db 12``."""
-        names = ("min_sqnr_db", "min_cosine", "min_metric")
-        found = [(name, getattr(self, name)) for name in names]
+        found = [(n, getattr(self, n)) for n in ("min_sqnr_db", "min_cosine", "min_metric")]
         return ", ".join(f"{name} {value:g}" for name, value in found if value is not None)

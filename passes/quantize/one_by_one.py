@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,15 @@ def alone(
             sums[name].noise += noise(reference, padding.apply(inputs, outputs))
             sums[name].count += 1
     return ranked(nodes, sums)
+
+
+def counted(
+    batches: Iterable[Batch], tell: Callable[[int, int], None], total: int
+) -> Iterator[Batch]:
+    """The batches, each told as (batches before it, ``total``)."""
+    for done, batch in enumerate(batches):
+        tell(done, total)
+        yield batch
 
 
 def ranked(nodes: Mapping[str, Node], sums: Mapping[str, Sums]) -> tuple[OperatorError, ...]:

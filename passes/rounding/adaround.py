@@ -134,7 +134,8 @@ class AdaRound(Pass):
         )
         learning = Learning(iterations=self.iterations, sweeps=self.sweeps)
         last: tuple[object, Tensor] | None = None
-        for weight in weights:
+        for done, weight in enumerate(weights):
+            context.tell(done, len(weights))
             reader = weight.products[0]
             state.advance(reader)
             key = operand_key(reader)
@@ -145,6 +146,7 @@ class AdaRound(Pass):
                 weight.rows(), last[1], row_scheme(scheme), learning, damping=self.damping
             )
             write_codes(rewriter, weight, _shaped(weight, codes, scheme), f"{gain:+.1f} dB learned")
+        context.tell(len(weights), len(weights))
         return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))
 
 

@@ -21,8 +21,8 @@ Source:       Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -155,7 +155,9 @@ class Awq(Pass):
         rewriter = Rewriter(program, self.name, context.sites)
         unscaled = self._scale(rewriter, weights, context)
         program = rewriter.finish()
+        before = len(weights)
         weights, _ = self._weights(program)
+        context = replace(context, tell=_behind(context, before))
         rounding = Rewriter(program, self.name, context.sites)
         rounder = _clipped if self.rounding == "clip" else _repaired
         round_in_sequence(rounding, weights, context, self._scheme, rounder, self.padding_mask)
@@ -177,7 +179,10 @@ class Awq(Pass):
         state = Lockstep(rewriter.program, context.calibration, self.padding_mask)
         found: list[tuple[Site, Found]] = []
         refusals = []
+        done = 0
         for site in find_sites(rewriter.program, weights):
+            context.tell(done, 2 * len(weights))
+            done += len(site.weights)
             if site.maker is None or site.outer:
                 because = "nothing that makes its input can take a scale"
                 if site.maker is not None:
@@ -217,6 +222,11 @@ class Awq(Pass):
                 f"r = {best.ratio:g} for {len(site.products)} layers: output error "
                 f"{best.plain:.4g} to {best.error:.4g}"
             )
+
+
+def _behind(context: PassContext, before: int) -> Callable[[int, int], None]:
+    """``tell`` for steps that have others before them."""
+    return lambda done, total: context.tell(before + done, before + total)
 
 
 def _as_now(program: Program, product: object, weight: Weight) -> Weight:

@@ -18,7 +18,7 @@ Source:       Nagel et al., "Data-Free Quantization Through Weight Equalization 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +35,7 @@ from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.equalize._rows import padding_name
 from planish.passes.observe.feeding import Padding
+from planish.passes.observe.layout import rows_of
 from planish.passes.quantize.operands import operands_of
 from planish.passes.quantize.ranges import AUTO
 from planish.passes.quantize.restore import quantized_operators
@@ -42,6 +43,7 @@ from planish.passes.quantize.where import EVERYWHERE, Where
 from planish.passes.rounding.biases import NewBias, new_bias, write_bias
 
 _RULE = "correct-bias"
+_Tell = Callable[..., None]  # takes (batches done, operators done)
 
 
 @dataclass
@@ -51,11 +53,10 @@ class Mean:
     total: Tensor
     count: int = 0
 
-    def add(self, x: Tensor, axis: int) -> None:
-        """Take [.., C, ..] in."""
-        rows = x.movedim(axis, 0).flatten(1)
-        self.total = self.total + rows.sum(1, dtype=torch.float64)
-        self.count += rows.shape[1]
+    def add(self, rows: Tensor) -> None:
+        """Take [n, C] in."""
+        self.total = self.total + rows.sum(0, dtype=torch.float64)
+        self.count += len(rows)
 
     @property
     def mean(self) -> Tensor:
@@ -112,8 +113,14 @@ class CorrectBias(Pass):
         for node in [t for t in targets if t.name not in known]:
             refusals.append(_refuse(node, "the program before has no such operator"))
             del targets[node]
-        reference = _means(floating, {n.name: axis for n, axis in targets.items()}, spool, padding)
-        found = _sequential(program, targets, reference, spool, padding)
+        both = len(spool), len(targets)
+
+        def tell(batches: int, operators: int = 0) -> None:
+            context.tell(batches + operators, sum(both))
+
+        axes = {n.name: axis for n, axis in targets.items()}
+        reference = _means(floating, axes, spool, padding, tell)
+        found = _sequential(program, targets, reference, spool, padding, tell)
         rewriter = Rewriter(program, self.name, context.sites)
         for node, new in found.items():
             if new is None:
@@ -148,11 +155,12 @@ def _refuse(node: Node, reason: str) -> Refusal:
 
 
 def _means(
-    program: Program, axes: Mapping[str, int], spool: list[Any], padding: Padding
+    program: Program, axes: Mapping[str, int], spool: list[Any], padding: Padding, tell: _Tell
 ) -> dict[str, Mean]:
     """Means of the channels of some operators, in one sweep."""
     found: dict[str, Mean] = {}
-    for inputs in spool:
+    for done, inputs in enumerate(spool):
+        tell(done)
         fed = padding.read(inputs)
 
         def see(node: Node, value: Any, fed: tuple[int, Tensor | None] = fed) -> None:  # noqa: ANN401 - of any operator
@@ -175,11 +183,9 @@ def _add(
     fed: tuple[int, Tensor | None],
 ) -> None:
     """Take a value of one batch in; ``fed`` are its number of samples and its mask."""
-    layout, (samples, mask) = padding.layout(node), fed
-    inner = layout.axis(axis, value.dim())
-    assert inner is not None  # channels are never the samples
-    for piece in layout.pieces(value, mask, samples):
-        mean.add(piece, inner)
+    samples, mask = fed
+    for rows in rows_of(padding.layout(node), value, mask, samples, axis):
+        mean.add(rows)
 
 
 def _sequential(
@@ -188,6 +194,7 @@ def _sequential(
     reference: Mapping[str, Mean],
     spool: list[Any],
     padding: Padding,
+    tell: _Tell,
 ) -> dict[Node, NewBias | None]:
     """The new bias of each target, found with all those before it in force."""
     states = [dict(zip(program.placeholders, inputs, strict=True)) for inputs in spool]
@@ -211,6 +218,7 @@ def _sequential(
                 for state in states:
                     state[node] = evaluate(node, state)
             if node in targets:
+                tell(len(spool), len(found))
                 axis, mean = targets[node], reference[node.name]
                 now = Mean(torch.zeros_like(mean.total))
                 for state, one in zip(states, fed, strict=True):
@@ -223,4 +231,5 @@ def _sequential(
             for dead in frees[node]:
                 for state in states:
                     state.pop(dead, None)
+    tell(len(spool), len(found))
     return found

@@ -163,11 +163,14 @@ class Hqq(Pass):
             program, embeddings=self.embeddings, convolutions=self.convolutions, where=self.where
         )
         rewriter = Rewriter(program, self.name, context.sites)
-        for weight in required(weights, refusals, self.name):
+        weights = required(weights, refusals, self.name)
+        for done, weight in enumerate(weights):
+            context.tell(done, len(weights))
             scheme = weight.scheme(self.dtype, self.block_size, self.symmetric)
             value = weight.value.float()
             codes = hqq_integer(value, scheme, p=self.p, iterations=self.iterations)
             scale = codes.scale.to(weight.value.dtype)
             integers = scheme.quantize(value, scale.float(), codes.zero_point)
             write_codes(rewriter, weight, Codes(integers, scale, codes.zero_point, scheme))
+        context.tell(len(weights), len(weights))
         return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))

@@ -41,7 +41,7 @@ def round_in_sequence(
     Args:
         rewriter: of the program.
         weights: in the order of their first readers.
-        context: holds the calibration.
+        context: holds the calibration; told of every weight.
         scheme_of: how each is to be written.
         rounder: rounds one matrix.
         padding_mask: input that is 0 for padding, or "".
@@ -55,7 +55,8 @@ def round_in_sequence(
     tied = _tied_grams(rewriter, weights, context, padding_mask)
     state = Lockstep(program, context.calibration, padding_mask)
     last: tuple[object, Tensor, list[Factors]] | None = None
-    for weight in weights:
+    for done, weight in enumerate(weights):
+        context.tell(done, len(weights))
         scheme = scheme_of(weight)
         if not weight.products:
             write_codes(rewriter, weight, round_to_nearest(weight.value, scheme, search=True))
@@ -73,6 +74,7 @@ def round_in_sequence(
             _, h, factors = last
         codes, loss = _rounded(weight, h, scheme, rounder, factors)
         write_codes(rewriter, weight, codes, f"output error {loss:.4g}")
+    context.tell(len(weights), len(weights))
 
 
 def _tied_grams(

@@ -22,6 +22,7 @@ from planish.ir.ops import argument, aten, is_op
 from planish.ir.program import Program
 from planish.passes.calibrate import Spool
 from planish.passes.observe.feeding import Padding
+from planish.passes.observe.layout import rows_of
 from planish.passes.rounding.targets import CONVOLUTIONS
 
 
@@ -90,8 +91,8 @@ class Lockstep:
             else:
                 if layout.problem is not None:
                     raise PassError(f"padding cannot be left out: {layout.problem}", where=source)
-                for piece in layout.pieces(x, mask, samples):
-                    yield piece.reshape(1, -1, x.shape[-1])
+                for rows in rows_of(layout, x, mask, samples):
+                    yield rows.unsqueeze(0)
 
 
 class _Both(dict[Node, Any]):

@@ -102,6 +102,7 @@ class SplitOutliers(Pass):
             1,
             context.generator,
             padding_mask=self.padding_mask,
+            tell=context.tell,
         )
         rewriter = Rewriter(program, self.name, context.sites)
         for site in sites:

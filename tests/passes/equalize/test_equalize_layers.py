@@ -176,3 +176,41 @@ def test_what_is_balanced_stays_and_options_round_trip() -> None:
     refuses(module, (X,), EqualizeLayers(), "balanced already")
     text = "equalize-layers{clamp=per-channel,sweeps=3}"
     assert str(Recipe.parse(text)) == text
+
+
+class Padded(nn.Module):
+    """Zeros among the channels between two layers, which move or add some."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, pad: tuple[int, ...]) -> None:
+        super().__init__()
+        self.first, self.second, self.pad = first, second, pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(nn.functional.pad(self.first(x), self.pad))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "pad", "shape"),
+    [
+        (nn.Linear(8, 16), nn.Linear(19, 4), (1, 2), (6, 8)),
+        (nn.Linear(8, 16), nn.Linear(16, 4), (1, -1), (6, 8)),
+        (nn.Conv2d(3, 4, 1), nn.Conv2d(6, 4, 1), (0, 0, 0, 0, 0, 2), (2, 3, 8, 8)),
+    ],
+)
+def test_padded_channels_are_refused(
+    first: nn.Module, second: nn.Module, pad: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    module = _wild(Padded(first, second, pad))
+    refuses(module, (torch.randn(shape),), EqualizeLayers(), "pads the channels")
+
+
+def test_zeros_around_an_image_change_nothing() -> None:
+    module = _wild(Padded(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), (1, 1, 2, 0)))
+    check(module, (X,), EqualizeLayers(), changes=1)
+
+
+def test_layers_that_see_other_axes_as_channels_are_refused() -> None:
+    """An image without a batch is a batch of rows to a layer of one dimension."""
+    module = _wild(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv1d(8, 4, 1)))
+    refuses(module, (X[0],), EqualizeLayers(), "change their axis")

@@ -294,3 +294,42 @@ def test_padding_has_no_part_in_the_scale() -> None:
         for x in (X, loud)
     )
     assert text(one.program, values=True) == text(other.program, values=True)
+
+
+class Square(Gelu):
+    """What scales its operand by s scales a square by s * s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.second.weight[:, 1] /= 3600
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y * y)
+
+
+class Across(nn.Module):
+    """The channels of the linear are as many as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.gelu(x).transpose(0, 1))
+
+
+def test_a_square_takes_no_scale_of_what_it_squares() -> None:
+    x = _outliers(6, 8)
+    program, context = _captured(Square(), x)
+    result = check(program, (x,), SmoothQuant(), changes=1, context=context)
+    assert "multiplied by itself" in result.changes[0].detail
+
+
+def test_channels_as_many_as_samples_are_no_samples() -> None:
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    x[2] *= 300
+    program, context = _captured(Across(), x)
+    check(program, (x,), SmoothQuant(alpha=0.5), changes=1, context=context)

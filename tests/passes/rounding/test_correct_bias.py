@@ -187,3 +187,16 @@ def test_in_a_recipe_it_finds_the_float_program_by_itself() -> None:
     done = run_pipeline(program, Recipe.parse(text), context)
     assert str(Recipe.parse(text)) == text
     assert [len(record.changes) > 0 for record in done.records] == [True, True]
+
+
+def test_one_row_without_a_batch_has_channels_and_no_samples() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4)
+    program, context = _quantized(nn.Linear(4, 4), x)
+    after = CorrectBias().run(program.clone(), context).program
+    assert context.float_program is not None
+    y, before, now = (
+        sum(run(p, (v,))[0] for v in (x, x.flip(0)))
+        for p in (context.float_program(), program, after)
+    )
+    assert float((now - y).abs().max()) < 0.2 * float((before - y).abs().max())
