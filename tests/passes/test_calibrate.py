@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils.data import DataLoader, TensorDataset
 
+import planish
 from planish.ir import Program, capture
 from planish.ir.errors import UsageError
 from planish.passes import calibrate
@@ -319,3 +320,15 @@ def test_a_spool_can_be_filled_by_hand(one: Program) -> None:
     held.add((X,), 32)
     assert len(held) == 1
     assert held.bytes == 32
+
+
+def test_an_input_that_was_not_captured_is_named() -> None:
+    class Optional(nn.Module):
+        def forward(self, x: Tensor, kinds: Tensor | None = None) -> Tensor:
+            return x.relu() if kinds is None else x + kinds
+
+    program = planish.optimize(Optional().eval(), {"x": X}, recipe="none").program
+    assert len(spool([{"x": X, "kinds": None}], program)) == 1
+    with pytest.raises(UsageError, match="'kinds', which the model was captured without") as error:
+        spool([{"x": X, "kinds": X}], program)
+    assert "leave it out of the data" in str(error.value)

@@ -199,6 +199,18 @@ def test_a_mask_that_is_no_input(planish_: Call, data: Path, tmp_path: Path) -> 
     assert "did you mean 'image'?" in err
 
 
+def test_a_pattern_that_nothing_answers_to(planish_: Call, data: Path, tmp_path: Path) -> None:
+    arguments = ("--calibration", data, "--exclude", "upp", "-o", tmp_path / "model.onnx")
+    err = _refused(planish_, *arguments)  # int8 too: no float file in silence
+    assert "where.exclude holds 'upp', which no operator answers to" in err
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_cosine_that_cannot_be(planish_: Call, data: Path, tmp_path: Path) -> None:
+    arguments = ("--calibration", data, "--min-cosine", 1.5, "-o", tmp_path / "model.onnx")
+    assert "can never be kept" in _refused(planish_, *arguments)
+
+
 # -- the data -------------------------------------------------------------------------------------
 
 
@@ -256,6 +268,16 @@ def _empty(path: Path) -> None:
     np.savez(path)
 
 
+def _no_samples(path: Path) -> None:
+    np.savez(path, image=_images()[:0])
+
+
+def _not_finite(path: Path) -> None:
+    images = _images()
+    images[3, 0, 0, 0] = np.nan
+    np.savez(path, image=images)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -263,6 +285,8 @@ def _empty(path: Path) -> None:
         (_pickled, "cannot be read"),
         (_damaged, "cannot be read"),
         (_empty, "holds no array"),
+        (_no_samples, r"holds no samples: image \[0, 3, 8, 8\]"),
+        (_not_finite, "'image' in .* holds NaN or infinity"),
     ],
 )
 def test_files_that_hold_something_else(tmp_path: Path, make: Any, reason: str) -> None:
