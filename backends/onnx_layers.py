@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from planish.backends.onnx_conv import per_axis, with_batch, without_batch
 from planish.backends.onnx_dims import dim_of, dims_of, product
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_pointwise import on_base
-from planish.backends.onnx_quantize import linear_of_codes
+from planish.backends.onnx_quantize import dequantized, linear_of_codes
 from planish.backends.onnx_view import Table, View, dtype_of
+from planish.ir.errors import UnsupportedError
 from planish.ir.ops import argument
 
 if TYPE_CHECKING:
@@ -259,16 +261,60 @@ def _max_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 def _avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     spatial = _pool_spatial(node)
     names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
-    if "divisor_override" in names and argument(node, "divisor_override") is not None:
-        return None
     facts = pool_facts(node, spatial)
+    divisor = argument(node, "divisor_override") if "divisor_override" in names else None
+    if divisor is not None:
+        return _sum_pool(e, node, facts, int(divisor))
     include = bool(argument(node, "count_include_pad")) and any(facts["pads"])
     if facts["ceil_mode"] and e.opset < 19:
         # Before opset 19 runtimes disagree on the divisor of windows that hang over the edge.
         return None
     x, added = with_batch(e, node, spatial)
+    if include and _zero_is_a_code(e, node):
+        return without_batch(node, _with_edges(e, node, x, facts), added)
     result = e.op("AveragePool", x, count_include_pad=int(include), **facts)
     return without_batch(node, result, added)
+
+
+def _zero_is_a_code(e: Emitter, node: Node) -> bool:
+    """Whether a pool of a standard file reads integers whose code 0 is another number."""
+    q = dequantized(node.args[0])
+    zero = None if q is None else e.known(q.zero)
+    return e.style.integers == "standard" and zero is not None and bool(zero.any())
+
+
+def _with_edges(e: Emitter, node: Node, x: ir.Value, facts: dict[str, Any]) -> ir.Value:
+    """Averages that count the padding: averages without it, by its share of each window.
+
+    Over integers OpenVINO 2026.4 takes the padding for codes of 0, whatever their zero point.
+    """
+    dtype, spatial = dtype_of(node.meta["val"]), _pool_spatial(node)
+    sizes = dims_of(_node(node.args[0]).meta["val"])[-spatial:]
+
+    def share() -> ir.Value:
+        ones = e.op("Expand", e.constant(1.0, dtype), e.sizes((1, 1, *sizes)))
+        return e.op("AveragePool", ones, count_include_pad=1, **facts)
+
+    shares = e.cached(("share of windows", sizes, str(facts), dtype), share)
+    return e.op("Mul", e.op("AveragePool", x, count_include_pad=0, **facts), shares)
+
+
+def _sum_pool(e: Emitter, node: Node, facts: dict[str, Any], divisor: int) -> Any:  # noqa: ANN401
+    """Sums of windows by a number: averages that count the padding, by what is missing to it."""
+    if facts["ceil_mode"]:
+        raise UnsupportedError(
+            "ONNX has no average over windows beyond the edge by another number than theirs",
+            where=node,
+            hint="use ceil_mode=False, or no divisor_override",
+        )
+    spatial = _pool_spatial(node)
+    x, added = with_batch(e, node, spatial)
+    if any(facts["pads"]) and _zero_is_a_code(e, node):
+        average = _with_edges(e, node, x, facts)
+    else:
+        average = e.op("AveragePool", x, count_include_pad=1, **facts)
+    ratio = e.constant(math.prod(facts["kernel_shape"]) / divisor, dtype_of(node.meta["val"]))
+    return without_batch(node, e.op("Mul", average, ratio), added)
 
 
 def _adaptive_avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401

@@ -24,7 +24,7 @@ from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.errors import UnsupportedError
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument, aten, is_op
 from planish.ir.quantscheme import INTEGERS
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ DEQUANTIZE = torch.ops.planish.dequantize.default
 DYNAMIC = torch.ops.planish.dynamic_quantize.default
 
 _HALVES = ("int4", "uint4")
+_MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
 # Blocks, and integers other than of 8 bits, came to QuantizeLinear with this operator set.
 BLOCK_OPSET = 21
 _HALF_PRECISION_OPSET = 19
@@ -124,6 +125,8 @@ def _dequantize(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     known = e.known(q.codes)
     if known is not None:
         dims = dims_of(node.meta["val"])
+        if _misleads(q):
+            return View(_by_definition_of_channels(e, q, known), dims, dims)
         codes = stored(e, q.codes, known, q.dtype)
         view, axis = View(codes, dims, dims), q.axis
         kind = q.dtype
@@ -152,6 +155,35 @@ def _by_rows(e: Emitter, q: Dequantized, codes: ir.Value, scale: ir.Value, zero:
     dtype, storage = dtype_of(q.scale.meta["val"]), INTEGERS[q.dtype][2]
     difference = e.op("Sub", e.cast(codes, storage, dtype), e.cast(zero, storage, dtype))
     return e.op("Mul", difference, scale)
+
+
+def _misleads(q: Dequantized) -> bool:
+    """Whether ONNX Runtime would make a product of integers that it cannot run.
+
+    Its MatMulIntegerToFloat takes scales of columns for a matrix on the right. It is also made of
+    a stack of matrices, or of a matrix on the left, and then fails when it runs.
+    """
+    if q.axis is None or q.block or q.dtype not in ("int8", "uint8"):
+        return False
+    rank = q.node.meta["val"].dim()
+    return any(is_op(u, *_MATMULS) and (rank > 2 or u.args[0] is q.node) for u in q.node.users)
+
+
+def _by_definition_of_channels(e: Emitter, q: Dequantized, known: Tensor) -> ir.Value:
+    """A constant with a scale for each channel, in primitive operators."""
+    shape = [1] * known.dim()
+    shape[q.axis or 0] = -1
+    parameters = []
+    for node in (q.scale, q.zero):
+        tensor = e.known(node)
+        parameters.append(
+            e.value(node)
+            if tensor is None
+            else stored(e, node, tensor.reshape(shape), order=".spread")
+        )
+    return e.cached(
+        ("spread", q.node), lambda: _by_rows(e, q, stored(e, q.codes, known), *parameters)
+    )
 
 
 def _check_no_zero(e: Emitter, q: Dequantized) -> None:
@@ -292,17 +324,30 @@ def weight_in_out(e: Emitter, weight: Node, out_axis: int) -> ir.Value | None:
         axis = None if q.axis is None else (1 - q.axis if turn else q.axis)
         blocks = bool(q.block)
         order = ".T" if turn else ""
-        codes = stored(e, q.codes, known.t() if turn else known, q.dtype, order)
+        matrix = known.t() if turn else known
+        rows = len(matrix)
+        kind, missing = q.dtype, 0
+        if e.style.integers == "standard" and blocks:
+            missing = -rows % q.block
+        if e.style.integers == "standard" and (rows + missing) % 2:
+            kind = ""  # OpenVINO 2026.4 reads an odd number of rows of half bytes as other numbers
+        if missing:
+            # OpenVINO 2026.4 knows no last block that is smaller than the others.
+            matrix = torch.cat([matrix, matrix.new_zeros(missing, matrix.shape[1])])
+            order += ".whole"
+        codes = stored(e, q.codes, matrix, kind, order)
         if q.axis is None:
             parts = [scale.reshape(()), zero.reshape(())]
         else:
             parts = [p.t() if turn and blocks else p for p in (scale, zero)]
-        kinds = ("", q.dtype)
         parameters = [
-            stored(e, n, p, kind, order if blocks else "")
-            for n, p, kind in zip((q.scale, q.zero), parts, kinds, strict=True)
+            stored(e, n, p, packed, order if blocks else "")
+            for n, p, packed in zip((q.scale, q.zero), parts, ("", kind), strict=True)
         ]
-        return e.op("DequantizeLinear", codes, *parameters, **_layout(axis, q.block))
+        real = e.op("DequantizeLinear", codes, *parameters, **_layout(axis, q.block))
+        if not missing:
+            return real
+        return e.op("Slice", real, e.constant([0]), e.constant([rows]), e.constant([0]))
 
     return e.cached(("in-out", weight, out_axis), make)
 

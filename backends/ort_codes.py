@@ -173,14 +173,17 @@ def make_codes(e: Emitter, value: Node, grid: Grid) -> View | None:
     """The codes of a value by an integer kernel; None where there is none."""
     given = codes_of(e, value)
     if given is not None:
-        return given.view if given.grid.same(grid) else None
+        return _described(e, given.view, grid) if given.grid.same(grid) else None
     if value.op != "call_function":
         return None
     maker = _makers().get(value.target)
     view = None if maker is None else maker(e, value, grid)
-    if view is not None:
-        # Else what is written of it later would be declared as the program's real numbers.
-        e.describe(view.base, torch.empty(0, dtype=INTEGERS[grid.dtype][2]), view.base_dims)
+    return None if view is None else _described(e, view, grid)
+
+
+def _described(e: Emitter, view: View, grid: Grid) -> View:
+    """Declare codes as integers: else what moves them declares the program's real numbers."""
+    e.describe(view.base, torch.empty(0, dtype=INTEGERS[grid.dtype][2]), view.base_dims)
     return view
 
 
@@ -256,13 +259,13 @@ def _move(e: Emitter, node: Node, grid: Grid) -> View | None:
     """An operator with one tensor operand that moves its elements, on codes."""
     from planish.backends.onnx_translate import TABLE
 
-    source = node.args[0]
+    source, translate = node.args[0], TABLE.get(node.target)
     assert isinstance(source, Node)
-    view = make_codes(e, source, grid)
-    if view is None:
-        return None
+    view = None if translate is None else make_codes(e, source, grid)
+    if view is None or translate is None:
+        return None  # without a translation of its own an operator is written with real numbers
     with standing_in(e, source, view):
-        result = TABLE[node.target](e, node)
+        result = translate(e, node)
     return None if result is None else _seen(result, node)
 
 
