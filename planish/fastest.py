@@ -200,7 +200,9 @@ class Fastest:
         if not racing:
             return base, []
         fastest = max(_ratio(c.entrant) for c in racing)
-        near = [c for c in racing if _ratio(c.entrant) * NEAR >= fastest]
+        # More exact, and slower than float, is no choice where something faster than float is.
+        least = max(fastest / NEAR, min(fastest, 1.0))
+        near = [c for c in racing if _ratio(c.entrant) >= least]
         best = max(near, key=_sqnr)
         tried: list[Entrant] = []
         if _ratio(best.entrant) < CLEAR:

@@ -11,6 +11,8 @@ Contract:     lossy: the outputs on the calibration inputs are never farther off
 Cost:         `iterations` products [O, I] x [I, I] for each layer, then `sweeps` of coordinate
               descent; all batches keep their live values meanwhile. Nothing at run time.
 Failures:     fewer rows of calibration than inputs of a layer: it fits noise. `damping` helps.
+              A table that is embedding and output layer at once is rounded before anything else
+              runs, so its H is that of the program as it came (see layerwise).
 Source:       Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML
               2020, equation 21 with the quadratic loss of equation 13; that coordinate descent
               finishes what gradient descent began is ours. A nonlinearity behind the layer has no
@@ -33,6 +35,7 @@ from planish.passes.equalize._rows import padding_name
 from planish.passes.quantize.ranges import AUTO
 from planish.passes.quantize.weights import Codes, quantize_weight
 from planish.passes.quantize.where import EVERYWHERE, Where
+from planish.passes.rounding.layerwise import tied_grams
 from planish.passes.rounding.learned import Learning, learn_rounding, output_error
 from planish.passes.rounding.lockstep import Lockstep, gram, operand_key
 from planish.passes.rounding.targets import (
@@ -129,21 +132,24 @@ class AdaRound(Pass):
         weights = required([w for w in weights if w.products], refusals, self.name)
         assert context.calibration is not None  # required
         rewriter = Rewriter(program, self.name, context.sites)
-        state = Lockstep(
-            program, context.calibration, padding_name(program, self.padding_mask) or ""
-        )
+        mask = padding_name(program, self.padding_mask) or ""
+        tied = tied_grams(rewriter, weights, context, mask)
+        state = Lockstep(program, context.calibration, mask)
         learning = Learning(iterations=self.iterations, sweeps=self.sweeps)
         last: tuple[object, Tensor] | None = None
         for done, weight in enumerate(weights):
             context.tell(done, len(weights))
             reader = weight.products[0]
-            state.advance(reader)
-            key = operand_key(reader)
-            if last is None or last[0] != key:
-                last = key, gram(state.inputs_of(reader), reader)
+            h = tied.get(weight.name)
+            if h is None:
+                state.advance(reader)
+                key = operand_key(reader)
+                if last is None or last[0] != key:
+                    last = key, gram(state.inputs_of(reader), reader)
+                h = last[1]
             scheme = weight.scheme(self.dtype, self.block_size, self.symmetric)
             codes, gain = adaround(
-                weight.rows(), last[1], row_scheme(scheme), learning, damping=self.damping
+                weight.rows(), h, row_scheme(scheme), learning, damping=self.damping
             )
             write_codes(rewriter, weight, _shaped(weight, codes, scheme), f"{gain:+.1f} dB learned")
         context.tell(len(weights), len(weights))

@@ -119,6 +119,13 @@ class ChooseBits(Pass):
         high = {w.name: stored_bits(w, self._high(w)) for w in weights}
         numbers = sum(w.value.numel() for w in weights)
         budget = self.mean_bits * numbers - sum(low.values())
+        if budget < 0 and self.mean_bits >= self._least():
+            context.remark(
+                f"rows of weights fill up blocks of {self.low_block_size} so badly that "
+                f"{self.low_dtype} alone takes {sum(low.values()) / numbers:.2f} bits, over the "
+                f"{self.mean_bits:g} allowed: none is written in {self.dtype}"
+            )
+            return PassResult(program, (), tuple(refusals))
         if budget < 0:
             raise PassError(
                 f"mean_bits is {self.mean_bits:g}, and {self.low_dtype} in blocks of "
@@ -142,6 +149,12 @@ class ChooseBits(Pass):
             f"by {how}; in {self.dtype}: {', '.join(chosen) or 'none fits'}"
         )
         return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals), errors)
+
+    def _least(self) -> float:
+        """Bits that a number of ``low_dtype`` takes where all blocks are full."""
+        bits = int(self.low_dtype.removeprefix("u").removeprefix("int"))
+        zero = bits if self.low_dtype.startswith("u") else 0
+        return bits + (_SCALE_BITS + zero) / (self.low_block_size or _CHANNEL_BLOCK)
 
     def _low(self, weight: Weight) -> QuantScheme:
         return weight.scheme(self.low_dtype, self.low_block_size, None)

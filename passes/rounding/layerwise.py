@@ -52,7 +52,7 @@ def round_in_sequence(
     required_spool(context.calibration)
     assert context.calibration is not None
     program = rewriter.program
-    tied = _tied_grams(rewriter, weights, context, padding_mask)
+    tied = tied_grams(rewriter, weights, context, padding_mask)
     state = Lockstep(program, context.calibration, padding_mask)
     last: tuple[object, Tensor, list[Factors]] | None = None
     for done, weight in enumerate(weights):
@@ -77,7 +77,7 @@ def round_in_sequence(
     context.tell(len(weights), len(weights))
 
 
-def _tied_grams(
+def tied_grams(
     rewriter: Rewriter, weights: Sequence[Weight], context: PassContext, padding_mask: str
 ) -> dict[str, Tensor]:
     """H of the tables that are read before what they multiply is computed."""

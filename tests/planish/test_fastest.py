@@ -228,6 +228,24 @@ def test_of_two_about_as_fast_the_more_exact_is_taken(
     assert first.verdict == "little faster than eight, and less exact"
 
 
+def test_more_exact_but_slower_than_float_beats_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def race(paths: Sequence[Path], inputs: Sequence[Any], **options: Any) -> list[Speed]:
+        ratios = [1.0, 1.1, 0.95] if len(paths) == 3 else [1.0] * len(paths)
+        return [
+            Speed(best_ms=1 / r, median_ms=1 / r, ratio=r, median_ratio=r, rounds=1) for r in ratios
+        ]
+
+    monkeypatch.setattr(ort_race, "race", race)
+    linear = "where={include=[aten.linear]}"
+    result = _optimized(
+        f'alternatives={{seven="quantize{{range=minmax,{linear},saturation=reduced}}",'
+        f'eight="quantize{{range=minmax,{linear}}}"}},none'
+    )
+    assert result.report.race is not None
+    assert result.report.race.taken == "seven"
+    assert result.report.race.entrants[2].verdict == "slower than float"
+
+
 def test_missing_calibration_is_an_error_and_no_verdict() -> None:
     with pytest.raises(RequirementError, match="requires calibrated"):
         _optimized(calibration=None)
