@@ -37,7 +37,7 @@ from planish.tools.console import stderr, stdout
 
 PLAIN = "quantize"
 _RANGES = "quantize{range=%s}"
-_SMOOTH = "smooth-quant{min_gain_db=3}"
+_SMOOTH = "smooth-quant{min_gain_db=6}"
 _FOLDED = "smooth-quant{explicit=false}"
 
 # Model -> (recipe, the recipe it is compared with), plain ranges first.
