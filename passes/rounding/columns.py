@@ -19,7 +19,8 @@ def inverse_factor(h: Tensor, damping: float) -> Tensor:
     # With rows and columns reversed, H = L L^T; so U is the inverse of L, reversed again.
     lower = torch.linalg.cholesky(damped.flip(0, 1))
     eye = torch.eye(len(h), dtype=h.dtype)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    return factor
 
 
 def sweep(

@@ -121,8 +121,12 @@ def gptq(
 
 def _joined(parts: list[Codes]) -> Codes:
     """The rows of several parts, one below the other."""
-    fields = ((c.codes, c.scale, c.zero_point) for c in parts)
-    return Codes(*[torch.cat(tensors) for tensors in zip(*fields, strict=True)], parts[0].scheme)
+    return Codes(
+        torch.cat([c.codes for c in parts]),
+        torch.cat([c.scale for c in parts]),
+        torch.cat([c.zero_point for c in parts]),
+        parts[0].scheme,
+    )
 
 
 def _searched(scheme: QuantScheme) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -13,7 +13,8 @@ from planish.passes.base import PassContext
 from planish.passes.calibrate import spool
 from planish.passes.recipe import resolve
 from planish.passes.rounding.clipping import clipped_ranges, fitted
-from planish.passes.rounding.gptq import Gptq, gptq, inverse_factor, sweep
+from planish.passes.rounding.columns import inverse_factor, sweep
+from planish.passes.rounding.gptq import Gptq, gptq
 from planish.passes.rounding.lockstep import Lockstep, gram
 from planish.passes.rounding.round_weights import RoundWeights, round_to_nearest
 from planish.passes.rounding.targets import QUANTIZED, find_weights
@@ -288,3 +289,13 @@ def test_a_second_run_leaves_everything_and_options_round_trip() -> None:
     assert {r.reason for r in again.refusals} == {QUANTIZED}
     (parsed,) = resolve("gptq{dtype=int8,block_size=0,reorder=false,padding_mask=mask}").passes
     assert parsed == Gptq(dtype="int8", block_size=0, reorder=False, padding_mask="mask")
+
+
+def test_tall_matrices_are_rounded_in_parts() -> None:
+    _, h = correlated()
+    weight = torch.randn(600, 64, generator=torch.Generator().manual_seed(4))
+    codes, loss = gptq(weight, h, BLOCKS)
+    parts = [gptq(part, h, BLOCKS) for part in (weight[:512], weight[512:])]
+    assert torch.equal(codes.codes, torch.cat([c.codes for c, _ in parts]))
+    assert torch.equal(codes.scale, torch.cat([c.scale for c, _ in parts]))
+    assert loss == pytest.approx(sum(part_loss for _, part_loss in parts))
