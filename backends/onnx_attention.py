@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 _HEADS_FIRST = (0, 2, 1, 3)
+# Of the lowest number, as what closes keys: ONNX Runtime's Attention gives zeros to a query whose
+# keys are all at the lowest number itself, where torch weighs them alike.
+_CLOSED = 0.99
 _RESHAPES = (
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten._unsafe_view.default,
 )  # fmt: skip
@@ -123,6 +126,9 @@ def _make_bias(e: Emitter, mask: Node, dtype: torch.dtype) -> tuple[View, View |
         alive = _reduce_max(e, e.cast(value, torch.bool, dtype))
     else:
         open_ = e.op("Greater", _reduce_max(e, value), e.constant(float("-inf"), dtype))
+        value = e.op(
+            "Where", e.op("Equal", value, lowest), e.constant(_CLOSED * smallest, dtype), value
+        )
         bias = e.op("Where", open_, value, lowest)
         alive = e.op("Cast", open_, to=onnx_dtype(dtype))
     rows = (*dims[:-1], 1)
@@ -140,7 +146,8 @@ def _has_dead_rows(mask: torch.Tensor) -> bool:
 
 def _float_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if mask.dtype is not torch.bool:
-        return mask.to(dtype)
+        lowest = torch.finfo(dtype).min
+        return mask.to(dtype).masked_fill(mask == lowest, _CLOSED * lowest)
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import Tensor
 
-from planish.backends.base import Artifact, Backend, ExportOptions, RuntimeReport, Target
+from planish.backends.base import Artifact, Backend, ExportOptions, KernelUse, RuntimeReport, Target
 from planish.backends.onnx_file import publish, staged, write_model
 from planish.ir.errors import ExportError
 from planish.ir.program import Program
@@ -76,7 +76,8 @@ class OnnxBackend(Backend):
             )
             self.check(model, aside)
             operators = count_operators(model)
-            comparison, runtime, kernels = None, None, ()
+            comparison, runtime = None, None
+            kernels: tuple[KernelUse, ...] = ()
             if options.verify:
                 comparison, runtime, kernels = verify_artifact(
                     program,

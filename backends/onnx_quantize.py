@@ -181,9 +181,8 @@ def _by_definition_of_channels(e: Emitter, q: Dequantized, known: Tensor) -> ir.
             if tensor is None
             else stored(e, node, tensor.reshape(shape), order=".spread")
         )
-    return e.cached(
-        ("spread", q.node), lambda: _by_rows(e, q, stored(e, q.codes, known), *parameters)
-    )
+    result: ir.Value = _by_rows(e, q, stored(e, q.codes, known), *parameters)
+    return result
 
 
 def _check_no_zero(e: Emitter, q: Dequantized) -> None:

@@ -18,6 +18,7 @@ from planish.backends.onnx_dims import Dims
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_quantize import dequantized
 from planish.backends.onnx_view import Table, View
+from planish.ir.errors import UnsupportedError
 from planish.ir.ops import argument, is_op
 
 if TYPE_CHECKING:
@@ -128,7 +129,12 @@ def read_layers(e: Emitter, node: Node, kind: str) -> list[Layer] | None:
     count, directions = int(argument(node, "num_layers")), 1 + int(argument(node, "bidirectional"))
     per = 4 if argument(node, "has_biases") else 2
     if len(params) != count * directions * per:
-        return None  # projected LSTM has one weight more; ONNX has no such operator
+        # One weight more for each; torch's own library would leave it out.
+        raise UnsupportedError(
+            "ONNX has no LSTM with a projection",
+            where=node,
+            hint="use proj_size=0 and a linear layer behind the LSTM",
+        )
     groups = [params[i : i + per] for i in range(0, len(params), per)]
     hidden = int(params[1].values.shape[1])
     layers = []

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planish.backends.base import Artifact, ExportOptions
@@ -135,3 +135,26 @@ def test_half_bytes_lie_in_even_rows_and_whole_blocks(
     name = onnx.TensorProto.DataType.Name(kind).lower()
     assert name == (options["weights"] if rows % 2 == 0 else f"{options['weights'][:-1]}8")
     assert Counter(artifact.operators)["Slice"] == (rows == 48)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("known", [False, True])
+def test_keys_at_the_lowest_number_weigh_alike(known: bool, target: str, tmp_path: Path) -> None:
+    """A sentence of padding alone, in a mask that is added: no key is nearer than another."""
+    bias = torch.zeros(2, 1, 1, 6)
+    bias[0] = torch.finfo(torch.float32).min
+    x = normal(2, 3, 6, 8)
+
+    def attend(m: Any, x: Tensor, *mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask[0] if mask else m.bias)
+
+    program = captured(attend, x, bias=bias) if known else captured(attend, x, bias)
+    exported(program, tmp_path, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_projected_lstm_is_refused(target: str, tmp_path: Path) -> None:
+    layer = nn.LSTM(5, 4, proj_size=2)
+    program = captured(lambda m, x: m.layer(x)[0], normal(3, 2, 5), layer=layer)
+    with pytest.raises(UnsupportedError, match="projection"):
+        load_backend(target).export(program, tmp_path / "m.onnx")
