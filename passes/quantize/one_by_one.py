@@ -72,10 +72,12 @@ def alone(
 def counted(
     batches: Iterable[Batch], tell: Callable[[int, int], None], total: int
 ) -> Iterator[Batch]:
-    """The batches, each told as (batches before it, ``total``)."""
-    for done, batch in enumerate(batches):
-        tell(done, total)
+    """The batches, told as (batches so far, ``total``): before each, and after the last."""
+    done = 0
+    for done, batch in enumerate(batches, 1):
+        tell(done - 1, total)
         yield batch
+    tell(done, total)
 
 
 def ranked(nodes: Mapping[str, Node], sums: Mapping[str, Sums]) -> tuple[OperatorError, ...]:

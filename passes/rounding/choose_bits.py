@@ -32,6 +32,7 @@ from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, OperatorError, Pass, PassContext, PassResult
+from planish.passes.quantize.one_by_one import counted
 from planish.passes.quantize.outputs import Padding
 from planish.passes.quantize.ranges import AUTO, padding_input
 from planish.passes.quantize.sensitivity import NotDerivableError, sensitivities
@@ -179,7 +180,8 @@ class ChooseBits(Pass):
         batches = list(islice(context.calibration, self.batches))
         try:
             errors = sensitivities(
-                program, trial.finish(), tuple(owners), batches, generator=context.generator,
+                program, trial.finish(), tuple(owners),
+                counted(batches, context.tell, len(batches)), generator=context.generator,
                 padding=Padding.named(program, mask), projections=self.projections,
                 independent_rows=True,
             )  # fmt: skip

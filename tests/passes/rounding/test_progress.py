@@ -19,6 +19,7 @@ from planish.passes.quantize.quantize import Quantize
 from planish.passes.recipe import Recipe
 from planish.passes.rounding.adaround import AdaRound
 from planish.passes.rounding.awq import Awq
+from planish.passes.rounding.choose_bits import ChooseBits
 from planish.passes.rounding.correct_bias import CorrectBias
 from planish.passes.rounding.gptq import Gptq
 from planish.passes.rounding.hqq import Hqq
@@ -31,6 +32,7 @@ LONG: dict[str, Pass] = {
     "hqq": Hqq(block_size=4),
     "smooth-quant": SmoothQuant(),
     "split-outliers": SplitOutliers(),
+    "choose-bits": ChooseBits(mean_bits=20.0, batches=4),
     "correct-bias": CorrectBias(),
     "keep-float": KeepFloat(min_sqnr_db=30.0),
 }
