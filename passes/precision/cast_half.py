@@ -102,7 +102,12 @@ class CastHalf(Pass):
                 where=first[0],
                 hint="the others are alike; try dtype=bf16, or less headroom",
             )
-        refusals = tuple(Refusal(_RULE, n.name, w, source_line(n)) for n, w in islands.items())
+        if not candidates:
+            context.remark("nothing was cast: no operator computes one float32 value")
+        several = {n: "it gives several values at once" for n in program.operators if _several(n)}
+        refusals = tuple(
+            Refusal(_RULE, n.name, w, source_line(n)) for n, w in {**islands, **several}.items()
+        )
         for sentence in self._remarks(islands, context):
             context.remark(sentence)
         rewriter = Rewriter(program, self.name, context.sites)
@@ -154,6 +159,13 @@ def _computes(node: Node) -> bool:
         return False  # the end of a mask that is about to be converted
     value = node.meta.get("val")
     return isinstance(value, Tensor) and is_real(value) and bool(real_inputs(node))
+
+
+def _several(node: Node) -> bool:
+    """Whether an operator computes several float32 values, as recurrent layers do."""
+    value = node.meta.get("val")
+    computed = isinstance(value, (tuple, list)) and is_real(value)
+    return computed and bool(real_inputs(node)) and not moves(node)
 
 
 def _is_half(node: Node, dtype: torch.dtype) -> bool:

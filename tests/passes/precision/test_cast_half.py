@@ -269,3 +269,13 @@ def weights(path: Path) -> int:
     """Bytes of a file's constants."""
     model = onnx.load(str(path))
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+def test_a_recurrent_layer_stays_and_is_named() -> None:
+    torch.manual_seed(0)
+    program = capture(nn.LSTM(4, 6).eval(), (torch.randn(5, 2, 4),))
+    remarks: list[str] = []
+    result = CastHalf(dtype="bf16").run(program, PassContext(remark=remarks.append))
+    assert not result.changes
+    assert [r.reason for r in result.refusals] == ["it gives several values at once"]
+    assert remarks == ["nothing was cast: no operator computes one float32 value"]

@@ -88,3 +88,12 @@ def test_the_pass_rounds_every_weight_once() -> None:
     assert {r.reason for r in again.refusals} == {QUANTIZED}
     (parsed,) = resolve("hqq{dtype=int4,p=0.5,iterations=5}").passes
     assert parsed == Hqq(dtype="int4", p=0.5, iterations=5)
+
+
+def test_a_group_of_one_outlier_may_not_improve_and_never_worsens() -> None:
+    """The outlier sets the range, and the others lie on the grid already."""
+    group = torch.tensor([[15.0, *[0.0] * 63]])
+    scheme = QuantScheme(dtype="uint4", granularity="block", axis=1, block_size=64, symmetric=False)
+    assert torch.equal(hqq_integer(group, scheme).real(), group)
+    codes, scale, zero = hqq(group, 4)
+    assert torch.equal((codes - zero) * scale, group)
