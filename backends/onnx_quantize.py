@@ -325,13 +325,11 @@ def weight_in_out(e: Emitter, weight: Node, out_axis: int) -> ir.Value | None:
         order = ".T" if turn else ""
         matrix = known.t() if turn else known
         rows = len(matrix)
-        kind, missing = q.dtype, 0
-        if e.style.integers == "standard" and blocks:
-            missing = -rows % q.block
+        missing = _missing_rows(e, q, rows, out_axis)
+        kind = q.dtype
         if e.style.integers == "standard" and (rows + missing) % 2:
             kind = ""  # OpenVINO 2026.4 reads an odd number of rows of half bytes as other numbers
         if missing:
-            # OpenVINO 2026.4 knows no last block that is smaller than the others.
             matrix = torch.cat([matrix, matrix.new_zeros(missing, matrix.shape[1])])
             order += ".whole"
         codes = stored(e, q.codes, matrix, kind, order)
@@ -343,12 +341,30 @@ def weight_in_out(e: Emitter, weight: Node, out_axis: int) -> ir.Value | None:
             stored(e, n, p, packed, order if blocks else "")
             for n, p, packed in zip((q.scale, q.zero), parts, ("", kind), strict=True)
         ]
-        real = e.op("DequantizeLinear", codes, *parameters, **_layout(axis, q.block))
-        if not missing:
-            return real
-        return e.op("Slice", real, e.constant([0]), e.constant([rows]), e.constant([0]))
+        return e.op("DequantizeLinear", codes, *parameters, **_layout(axis, q.block))
 
     return e.cached(("in-out", weight, out_axis), make)
+
+
+def _missing_rows(e: Emitter, q: Dequantized, rows: int, out_axis: int) -> int:
+    """How many rows of zeros fill the last block of a weight ``[in, out]``.
+
+    OpenVINO 2026.4 knows no last block that is smaller than the others.
+    """
+    along = q.block and q.axis == 1 - out_axis
+    return -rows % q.block if along and e.style.integers == "standard" else 0
+
+
+def _with_whole_blocks(e: Emitter, view: View, weight: Node, out_axis: int) -> ir.Value:
+    """The left operand, with a zero for every row that fills the last block of the weight."""
+    q, inputs = dequantized(weight), int(view.base_dims[-1])
+    missing = 0 if q is None else _missing_rows(e, q, inputs, out_axis)
+    if not missing:
+        return view.base
+    widths = [0] * (2 * len(view.base_dims) - 1) + [missing]
+    return e.cached(
+        ("whole blocks", view.base, missing), lambda: e.op("Pad", view.base, e.constant(widths))
+    )
 
 
 def linear_of_codes(
@@ -362,7 +378,7 @@ def linear_of_codes(
     if not view.keeps_rows or not view.dims[:-1]:
         view = _plain(e, x)
     columns = dims_of(node.meta["val"])[-1]
-    result = e.op("MatMul", view.base, matrix)
+    result = e.op("MatMul", _with_whole_blocks(e, view, weight, out_axis), matrix)
     if bias is not None:
         # Of MatMul and Add on two axes ONNX Runtime makes a Gemm, which it runs on integers only
         # if the bias is quantized and no Relu follows; it leaves Sum alone, and MatMul then
