@@ -10,18 +10,12 @@ values that the file itself computed, gives what the program says:
     every node is computed in torch from the file's own values of its arguments, or, where an
     argument was fused away, from what it is in turn computed from;
     integers may differ by one step, real numbers by the bound of their dtype.
-
-Where codes themselves were fused away (a kernel that quantizes its own input), a code that rounds
-the other way moves the result by what one step of one element is worth, and no more is allowed:
-``_Slack`` follows it to the next value of the file.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +29,19 @@ from planish.backends.base import Stepwise
 from planish.backends.onnx_view import View, dtype_of
 from planish.backends.ort_recurrent_int8 import on_real_states
 from planish.backends.ort_run import Session
-from planish.ir.compare import BOUNDS, difference
+from planish.backends.stepwise_compare import (
+    DEQUANTIZE,
+    DYNAMIC,
+    QUANTIZE,
+    State,
+    Tally,
+    compare,
+    note,
+)
 from planish.ir.errors import ExportError
 from planish.ir.execute import evaluate, last_uses, run
-from planish.ir.ops import aten, is_op
+from planish.ir.ops import is_op
 from planish.ir.program import Program
-from planish.ir.quantscheme import INTEGERS
 
 if TYPE_CHECKING:
     import onnx
@@ -48,28 +49,9 @@ if TYPE_CHECKING:
     from planish.backends.onnx_file import Initializer
     from planish.backends.onnx_graph import Emitter
 
-QUANTIZE = torch.ops.planish.quantize.default
-DEQUANTIZE = torch.ops.planish.dequantize.default
-DYNAMIC = torch.ops.planish.dynamic_quantize.default
-
 # The outputs of one run of the file are held at once; more of them are split into several runs.
 GROUP_BYTES = 2**28
 
-# Codes are what these hold; other integers are sizes and indices, which have no steps.
-_CODES = frozenset(storage for _, _, storage in INTEGERS.values())
-# operator -> positions of its two factors
-_PRODUCTS: Mapping[Any, tuple[int, int]] = {
-    **dict.fromkeys(
-        (
-            aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default,
-            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-            aten.convolution.default, aten.mul.Tensor,
-        ),
-        (0, 1),
-    ),
-    aten.addmm.default: (1, 2),
-    aten.baddbmm.default: (1, 2),
-}  # fmt: skip
 # The runtime hands out only what NumPy can hold.
 _UNREADABLE = (torch.bfloat16,)
 
@@ -152,7 +134,7 @@ def stepwise(
         ExportError: an operator differs by more than a step, or than the bound of its dtype; it
             names the node, its source line and the difference.
     """
-    found = _Tally()
+    found = Tally()
     for label, inputs in probes:
         seen = _seen(emission)
         groups = _groups(emission.program, seen, inputs)
@@ -270,50 +252,15 @@ def _values(
 # -- comparing --------------------------------------------------------------------------------
 
 
-@dataclass
-class _Tally:
-    """What was compared so far."""
-
-    names: set[str] = field(default_factory=set)
-    unchecked: set[str] = field(default_factory=set)
-    steps: int = 0
-    relative: float = 0.0
-
-    def result(self, probes: tuple[str, ...]) -> Stepwise:
-        return Stepwise(
-            probes=probes,
-            values=len(self.names),
-            unchecked=tuple(sorted(self.unchecked - self.names)),
-            max_steps=self.steps,
-            max_relative=self.relative,
-        )
-
-
-@dataclass
-class _State:
-    """Values under way: the file's own where it has them.
-
-    Attributes:
-        env: node -> value.
-        slack: node -> how far a recomputed value may lie from what a kernel used inside, because
-            codes that the file does not show rounded the other way; in units of the value.
-        inexact: recomputed real values, whose last bits are not the file's.
-    """
-
-    env: dict[Node, Any]
-    slack: dict[Node, float] = field(default_factory=dict)
-    inexact: set[Node] = field(default_factory=set)
-
-
 def _walk(
     program: Program,
     inputs: Sequence[Any],
     values: Iterator[tuple[Node, list[tuple[_Seen, np.ndarray]]]],
-    found: _Tally,
+    found: Tally,
     label: str,
 ) -> None:
     """Compute every node from the file's own values, and compare it with the file's."""
-    state = _State(dict(zip(program.placeholders, inputs, strict=True)))
+    state = State(dict(zip(program.placeholders, inputs, strict=True)))
     frees = last_uses(program)
     shown = next(values, None)
     with torch.no_grad():
@@ -322,7 +269,7 @@ def _walk(
                 state.env[node] = program.constants[str(node.target)]
             elif node.op == "call_function":
                 state.env[node] = evaluate(node, state.env)
-                _note(state, node)
+                note(state, node)
                 if shown is not None and shown[0] is node:
                     _take(state, node, shown[1], found, label)
                     shown = next(values, None)
@@ -331,10 +278,10 @@ def _walk(
 
 
 def _take(
-    state: _State,
+    state: State,
     node: Node,
     entries: Sequence[tuple[_Seen, np.ndarray]],
-    found: _Tally,
+    found: Tally,
     label: str,
 ) -> None:
     """Compare one node and go on with the file's value."""
@@ -345,7 +292,7 @@ def _take(
             continue
         # In memory as torch would have it: some operators refuse to view what lies otherwise.
         value = torch.empty_like(expected).copy_(entry.read(array, expected))
-        _compare(state, node, expected, value, found, label)
+        compare(state, node, expected, value, found, label)
         if entry.part is None:
             state.env[node] = value
         else:
@@ -354,117 +301,3 @@ def _take(
         state.env[node] = type(state.env[node])(parts)
     state.slack.pop(node, None)
     state.inexact.discard(node)
-
-
-def _compare(
-    state: _State, node: Node, expected: Tensor, value: Tensor, found: _Tally, label: str
-) -> None:
-    """Raise where a value of the file is not what the program says.
-
-    Raises:
-        ExportError: it names the node.
-    """
-    problem: str | None = None
-    if value.dtype in _CODES and _makes_codes(node):
-        away = (value.to(torch.int64) - expected.to(torch.int64)).abs()
-        steps = int(away.max()) if away.numel() else 0
-        allowed = 1 + math.ceil(_slack_of_arguments(state, node))
-        if steps > allowed:
-            count = int((away > allowed).sum())
-            problem = f"differs by {steps} steps; {count} of {away.numel()} by more than {allowed}"
-        found.steps = max(found.steps, steps)
-    elif value.is_floating_point():
-        problem = _real_problem(state, node, expected, value, found)
-    elif any(n in state.inexact for n in node.all_input_nodes):
-        found.unchecked.add(node.name)  # a comparison or an index of numbers the file hides
-        return
-    else:
-        problem = difference([expected], [value], bounds=[0.0])
-    if problem:
-        raise ExportError(
-            f"the file computes an operator unlike the program: {problem.removeprefix('output 0 ')}"
-            f" ({label}, without the runtime's optimizations)",
-            where=node,
-            hint="this is a defect of planish or of the runtime: report it with the model; "
-            "keep this operator in float meanwhile",
-        )
-    found.names.add(node.name)
-
-
-def _real_problem(
-    state: _State, node: Node, expected: Tensor, value: Tensor, found: _Tally
-) -> str | None:
-    values = [expected, *(state.env[n] for n in node.all_input_nodes)]
-    bound = max(BOUNDS.get(v.dtype, 0.0) for v in values if isinstance(v, Tensor))
-    finite = expected[expected.isfinite()]
-    peak = max(1e-6, float(finite.abs().max())) if finite.numel() else 1e-6
-    slack = state.slack.get(node, 0.0) / peak
-    problem = difference([expected], [value], bounds=[bound + slack])
-    if problem is None and finite.numel():
-        both = expected.isfinite() & value.isfinite()
-        error = (value[both].double() - expected[both].double()).abs()
-        far = error.max().item() / peak if error.numel() else 0.0
-        found.relative = max(found.relative, max(0.0, far - slack))
-    return problem
-
-
-def _makes_codes(node: Node) -> bool:
-    """Whether integers of a node are codes: it quantizes, or only moves such around."""
-    seen, queue = set(), [node]
-    while queue:
-        current = queue.pop()
-        if is_op(current, QUANTIZE, DYNAMIC):
-            return True
-        value = current.meta.get("val")
-        if current in seen or (isinstance(value, Tensor) and value.is_floating_point()):
-            continue
-        seen.add(current)
-        queue += current.all_input_nodes
-    return False
-
-
-# -- codes that the file does not show --------------------------------------------------------
-
-
-def _note(state: _State, node: Node) -> None:
-    """What is known of a recomputed value, before the file's own takes its place."""
-    value = state.env[node]
-    real = isinstance(value, (tuple, list)) or (
-        isinstance(value, Tensor) and value.is_floating_point()
-    )
-    if real or any(n in state.inexact for n in node.all_input_nodes):
-        state.inexact.add(node)
-    slack = _slack_of_arguments(state, node)
-    if is_op(node, QUANTIZE, DYNAMIC):
-        slack += 1.0
-    elif node.target is operator.getitem and is_op(node.args[0], DYNAMIC) and node.args[1]:
-        slack = 0.0  # scale and zero point are no codes
-    if slack:
-        state.slack[node] = slack
-
-
-def _slack_of_arguments(state: _State, node: Node) -> float:
-    """How far the slack of the arguments can move a result, one element of each being off."""
-    loose = [n for n in node.all_input_nodes if state.slack.get(n)]
-    if not loose:
-        return 0.0
-    total = 0.0
-    for argument in loose:
-        slack = state.slack[argument]
-        if is_op(node, DEQUANTIZE):
-            slack *= _peak(state.env[node.args[1]])  # type: ignore[index]
-        elif is_op(node, QUANTIZE):
-            slack /= float(state.env[node.args[1]].abs().min())  # type: ignore[index]
-        elif node.target in _PRODUCTS:
-            factors = [node.args[position] for position in _PRODUCTS[node.target]]
-            if argument in factors:
-                other = factors[0] if argument is factors[1] else factors[1]
-                slack *= _peak(state.env[other] if isinstance(other, Node) else other)
-        total += slack
-    return total
-
-
-def _peak(value: object) -> float:
-    if isinstance(value, Tensor):
-        return float(value.abs().max()) if value.numel() else 0.0
-    return abs(value) if isinstance(value, (int, float)) else 1.0

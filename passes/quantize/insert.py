@@ -22,6 +22,7 @@ from planish.passes.quantize.operands import (
     is_dequantized,
     with_operands,
 )
+from planish.passes.quantize.pairs import behind, existing_pair
 from planish.passes.quantize.ranges import Grid
 from planish.passes.quantize.weights import (
     Codes,
@@ -107,7 +108,7 @@ class Inserter:
         """
         key = (value.name, per_token)
         if key not in self._pairs:
-            self.rewriter.insert_before(_behind(value))
+            self.rewriter.insert_before(behind(value))
             static = self.grids is not None
             self._pairs[key] = self._static(value) if static else self._dynamic(value, per_token)
             self.rewriter.insert_before(reader)
@@ -116,7 +117,7 @@ class Inserter:
     def _static(self, value: Node) -> Node:
         assert self.grids is not None
         grid = self.grids[value.name]
-        existing = _existing(value, grid, self.rewriter)
+        existing = existing_pair(value, grid, self.rewriter)
         if existing is not None:
             return existing
         name = value.name
@@ -234,25 +235,3 @@ class Inserter:
             return None
         scale = self.rewriter.program.constant(value.args[1])
         return scale if scale is not None and scale.numel() == 1 else None
-
-
-def _behind(value: Node) -> Node:
-    """The node before which what reads a value can first stand."""
-    behind = value.next
-    while behind.op == "placeholder":
-        behind = behind.next
-    return behind
-
-
-def _existing(value: Node, grid: Grid, rewriter: Rewriter) -> Node | None:
-    """A pair of the value that an earlier pass has made with the same scale."""
-    for codes in value.users:
-        if codes.target is not QUANTIZE or codes.kwargs.get("dtype") != grid.scheme.dtype:
-            continue
-        scale = rewriter.program.constant(codes.args[1])
-        if scale is None or scale.shape != grid.scale.shape or not torch.equal(scale, grid.scale):
-            continue
-        for pair in codes.users:
-            if is_dequantized(pair):
-                return pair
-    return None

@@ -1,7 +1,6 @@
 """Which operands of an operator an integer kernel multiplies: values, weights and a bias.
 
-One table, ``OPERANDS``, says it for every operator that has a sum of products. Where an operator
-cannot be computed on integers, it gives the reason instead.
+``OPERANDS`` says it for every operator that has a sum of products, or why it cannot use integers.
 """
 
 from __future__ import annotations
@@ -216,7 +215,8 @@ def _recurrent(node: Node, program: Program) -> Operands | str:
     return Operands("recurrent", (), tuple(weights))
 
 
-TRANSPOSED = "runtimes have no integer kernel for transposed convolutions"
+_NO_KERNEL = "runtimes have no integer kernel for "
+TRANSPOSED = _NO_KERNEL + "transposed convolutions"
 
 OPERANDS: Mapping[Any, Callable[[Node, Program], Operands | str]] = {
     aten.linear.default: _linear,
@@ -237,7 +237,6 @@ OPERANDS: Mapping[Any, Callable[[Node, Program], Operands | str]] = {
     aten.lstm.input: _recurrent,
     aten.gru.input: _recurrent,
 }
-
 # Operators that multiply, and have no integer kernel anywhere.
 REFUSED: Mapping[str, str] = {
     "aten.conv_transpose1d": TRANSPOSED,
@@ -246,6 +245,6 @@ REFUSED: Mapping[str, str] = {
     "aten.einsum": "an einsum is no single product: write it as matmul",
     "aten.bilinear": "a product of three operands has no integer kernel",
     "aten.embedding_bag.padding_idx": "bags are summed inside of the operator, in float",
-    "aten.rnn_tanh.input": "runtimes have no integer kernel for plain recurrent layers",
-    "aten.rnn_relu.input": "runtimes have no integer kernel for plain recurrent layers",
+    "aten.rnn_tanh.input": _NO_KERNEL + "plain recurrent layers",
+    "aten.rnn_relu.input": _NO_KERNEL + "plain recurrent layers",
 }

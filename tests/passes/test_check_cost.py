@@ -124,7 +124,7 @@ def test_optimize_runs_nothing_again_for_its_report(
         again.append(p)
         return execute(p, inputs)
 
-    monkeypatch.setattr("planish.api.run", counted)
+    monkeypatch.setattr("planish.running.run", counted)
     found = planish.optimize(program, recipe=[SwapActivation()])
     assert again == []
     assert found.report.fidelity == measure(

@@ -27,7 +27,7 @@ from tests.support import real_models
 
 
 class Mixed(nn.Module):
-    """A convolution, a norm, an attention, a residual; one layer has huge weights for tiny values."""
+    """A convolution, a norm, an attention, a residual; one layer of huge weights on tiny values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ def test_padding_does_not_count(ranking: Callable[..., Any]) -> None:
 
 @pytest.mark.slow
 def test_the_sweep_ranks_the_operators_of_a_real_network() -> None:
-    """MiniLM: the error that the sweep estimates is the true one, over three orders of magnitude."""
+    """MiniLM: the estimated error is the true one, over three orders of magnitude."""
     description, module = real_models.loaded("minilm")
     del description
     kwargs = real_models.inputs("minilm", 1)[1]
