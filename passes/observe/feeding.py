@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import sympy
@@ -51,12 +51,14 @@ class Padding:
         mask: whether that input is a mask of padding.
         batch: its number of samples as declared.
         tokens: its number of tokens as declared, None if it is no mask.
+        names: symbol -> dimension name: inputs whose batch has one name may have several symbols.
     """
 
     inputs: int | None = None
     mask: bool = False
     batch: sympy.Expr | None = None
     tokens: sympy.Expr | None = None
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @staticmethod
     def of(program: Program, name: str | None) -> Padding:
@@ -66,6 +68,7 @@ class Padding:
             UsageError: the name is no input, or that has not two axes.
         """
         names = program.signature.tensor_names
+        symbols = program.signature.symbols
         if name is not None and name not in names:
             raise UsageError(
                 f"padding_mask names {name!r}, which is no input of the program",
@@ -75,11 +78,11 @@ class Padding:
             declared = node.meta.get("val")
             if not isinstance(declared, Tensor) or (name is not None and names[position] != name):
                 continue
-            sizes = dims(declared)
+            sizes = dims(declared, symbols)
             if name is None and sizes:
-                return Padding(position, False, sizes[0])
+                return Padding(position, False, sizes[0], names=symbols)
             if len(sizes) == 2:
-                return Padding(position, True, *sizes)
+                return Padding(position, True, *sizes, names=symbols)
         if name is not None:
             raise UsageError(f"padding_mask names {name!r}, which is not of shape [batch, tokens]")
         return Padding()
@@ -93,4 +96,4 @@ class Padding:
 
     def layout(self, node: Node) -> Layout:
         """How a value of the program is cut into samples and tokens."""
-        return layout(dims(node.meta["val"]), self.batch, self.tokens)
+        return layout(dims(node.meta["val"], self.names), self.batch, self.tokens)

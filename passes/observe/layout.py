@@ -6,7 +6,7 @@ dimensions that is certain; of fixed sizes it is read only where one reading is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,8 @@ class Layout:
             step = max(1, PIECE * x.shape[0] // max(x.numel(), 1))
             yield from (part for part in x.split(step) if part.numel())
             return
+        if len(mask) == 1:  # one mask for all samples
+            mask = mask.expand(len(x), -1)
         for sample, kept in zip(x.split(1), mask, strict=True):
             where = kept.nonzero().flatten()
             if not len(where):
@@ -105,10 +107,24 @@ def rows_of(
         yield piece.movedim(inner, -1).reshape(-1, piece.shape[inner])
 
 
-def dims(declared: Tensor) -> Dims:
-    """The sizes of a declared value as expressions."""
+def dims(declared: Tensor, names: Mapping[str, str]) -> Dims:
+    """The sizes of a declared value as expressions over the user's dimension names.
+
+    Args:
+        declared: the value.
+        names: symbol -> name; torch may give one dimension of the user's a symbol for each input.
+    """
     sizes: tuple[Any, ...] = tuple(declared.shape)
-    return tuple(d.node.expr if isinstance(d, SymInt) else sympy.Integer(d) for d in sizes)
+    return tuple(
+        _named(d.node.expr, names) if isinstance(d, SymInt) else sympy.Integer(d) for d in sizes
+    )
+
+
+def _named(size: sympy.Expr, names: Mapping[str, str]) -> sympy.Expr:
+    known = [s for s in size.free_symbols if str(s) in names]
+    return size.xreplace(
+        {s: sympy.Symbol(names[str(s)], integer=True, positive=True) for s in known}
+    )
 
 
 def layout(value: Dims, batch: sympy.Expr | None, tokens: sympy.Expr | None) -> Layout:

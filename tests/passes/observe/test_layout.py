@@ -1,10 +1,14 @@
 """Axes of samples and tokens, and what is left of a value without its padding."""
 
+from dataclasses import replace
+
 import pytest
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from planish.ir import capture
+from planish.passes.observe.feeding import Padding
 from planish.passes.observe.layout import Layout, layout
 
 B, T = sympy.symbols("b t", integer=True, positive=True)
@@ -114,3 +118,28 @@ def test_a_sample_of_nothing_but_padding_is_skipped() -> None:
     found = layout(sizes(B, T, 1), B, T)
     x = torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])
     assert [p.flatten().tolist() for p in found.pieces(x, mask, 2)] == [[3.0]]
+
+
+def test_one_name_for_two_symbols_is_one_dimension() -> None:
+    """Torch gives the batch of each input a symbol of its own where nothing ties them."""
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            return x.relu(), mask.sum(-1)
+
+    program = capture(
+        Masked().eval(),
+        (torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.int64)),
+        dynamic_shapes=(
+            {0: torch.export.Dim("b"), 1: torch.export.Dim("t")},
+            {0: torch.export.Dim("b2"), 1: torch.export.Dim("t2")},
+        ),
+    )
+    names = {"b2": "b", "t2": "t"}
+    program.signature = replace(
+        program.signature,
+        symbols={s: names.get(n, n) for s, n in program.signature.symbols.items()},
+    )
+    padding = Padding.of(program, "mask")
+    found = padding.layout(next(n for n in program.operators if "relu" in n.name))
+    assert (found.sample_axis, found.token_axes, found.problem) == (0, (1,), None)
