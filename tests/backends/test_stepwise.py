@@ -19,23 +19,7 @@ from planish.ir.compare import measure
 from planish.ir.errors import ExportError
 from planish.ir.ops import aten
 from planish.ir.program import Program
-from tests.support.planted import planted
-
-
-class Net(nn.Module):
-    """A convolution and two linears, with something between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.first = nn.Linear(8, 16)
-        self.second = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = torch.relu(self.conv(x)).flatten(2).transpose(1, 2)
-        y: Tensor = self.second(torch.relu(self.first(rows)))
-        return y
+from tests.support.planted import Net, planted
 
 
 def net(**options: Any) -> Program:

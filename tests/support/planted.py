@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 import planish.ir.quant_ops  # noqa: F401 - registers torch.ops.planish
@@ -27,6 +27,22 @@ dequantize = torch.ops.planish.dequantize.default
 dynamic_quantize = torch.ops.planish.dynamic_quantize.default
 
 
+class Net(nn.Module):
+    """A convolution and two linears, with something between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.first = nn.Linear(8, 16)
+        self.second = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        y: Tensor = self.second(torch.relu(self.first(rows)))
+        return y
+
+
 def planted(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -45,7 +61,7 @@ def planted(
         last: quantize what each layer gives, too.
     """
     program = capture(module.eval().requires_grad_(False), args, dynamic_shapes=dynamic_shapes)
-    ranges: dict[Node, torch.Tensor] = {}
+    ranges: dict[Node, Tensor] = {}
     inputs = dict(zip(program.placeholders, program.samples[0], strict=True))
     run(program, program.samples[0], observe=lambda n, v: ranges.update({n: v}))
     ranges.update(inputs)
@@ -73,7 +89,7 @@ def _after_relu(node: Node) -> Node:
     return users[0] if len(users) == 1 and is_op(users[0], aten.relu.default) else node
 
 
-def _pair(rewriter: Rewriter, x: Node, seen: torch.Tensor) -> Node:
+def _pair(rewriter: Rewriter, x: Node, seen: Tensor) -> Node:
     scale, zero = ACTIVATION.qparams(seen.min(), seen.max())
     s, z = rewriter.constant(scale, f"{x.name}.s"), rewriter.constant(zero, f"{x.name}.z")
     codes = rewriter.call(quantize, (x, s, z), {"dtype": "uint8"}, like=x)
