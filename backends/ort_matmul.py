@@ -36,7 +36,8 @@ from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_quantize import QUANTIZE, Dequantized, dequantized, stored
 from planish.backends.onnx_view import Table, View, dtype_of
-from planish.ir.ops import argument, aten, is_op
+from planish.backends.ort_factors import factors_of
+from planish.ir.ops import aten, is_op
 from planish.ir.quantscheme import dequantize_linear
 
 if TYPE_CHECKING:
@@ -212,23 +213,14 @@ def product_behind(e: Emitter, value: ir.Value) -> Product | None:
     return found
 
 
-def product_of(
-    e: Emitter, node: Node, x: object, weight: object, bias: Node | None, out_axis: int
-) -> View | None:
-    """``x @ weight + bias`` as one kernel; None where the operands are no codes.
-
-    Args:
-        e: the emitter.
-        node: the linear or product.
-        x: any node.
-        weight: any node.
-        bias: ``[out]``, or None.
-        out_axis: which axis of the weight counts outputs: 0 for ``linear``, 1 for ``addmm``.
-    """
-    if bias is not None and len(bias.meta["val"].shape) != 1:
+def product_of(e: Emitter, node: Node) -> View | None:
+    """``x @ weight + bias`` as one kernel; None where the operands are no codes."""
+    factors = factors_of(node)
+    if factors is None:
         return None
-    right = right_of(e, weight, out_axis)
-    left = left_of(e, x) if right is not None else None
+    bias = factors.bias
+    right = right_of(e, factors.weight, factors.out_axis)
+    left = left_of(e, factors.x) if right is not None else None
     if left is None or right is None:
         return None
     name = "" if bias is None else _name(bias)
@@ -243,19 +235,6 @@ def product_of(
 def _name(bias: Node) -> str:
     q = dequantized(bias)
     return str(bias.target) if q is None else f"{q.codes.target}*{q.scale.target}"
-
-
-def _linear(e: Emitter, node: Node) -> View | None:
-    x, weight = node.args[:2]
-    return product_of(e, node, x, weight, argument(node, "bias"), 0)
-
-
-def _addmm(e: Emitter, node: Node) -> View | None:
-    if argument(node, "alpha") != 1 or argument(node, "beta") != 1:
-        return None
-    bias, x, weight = node.args[:3]
-    assert isinstance(bias, Node)
-    return product_of(e, node, x, weight, bias, 1)
 
 
 # -- both sides computed ----------------------------------------------------------------------
@@ -303,11 +282,10 @@ def _signed(e: Emitter, view: View, q: Dequantized) -> tuple[View, ir.Value] | N
 
 
 def _matmul(e: Emitter, node: Node) -> View | None:
-    a, b = node.args[:2]
-    constant = product_of(e, node, a, b, None, 1)
+    constant = product_of(e, node)
     if constant is not None:
         return constant
-    left, right = codes_behind(e, a), codes_behind(e, b)
+    left, right = (codes_behind(e, x) for x in node.args[:2])
     if left is None or right is None or min(len(v.shape) for v, _ in (left, right)) < 2:
         return None
     signed = _signed(e, *right)
@@ -353,8 +331,8 @@ def _parts(e: Emitter, node: Node) -> list[Any] | None:
 
 
 ORT_MATMUL: Table = {
-    aten.linear.default: _linear,
-    aten.addmm.default: _addmm,
+    aten.linear.default: product_of,
+    aten.addmm.default: product_of,
     aten.mm.default: _matmul,
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,

@@ -30,7 +30,8 @@ from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_quantize import Dequantized, dequantized
 from planish.backends.onnx_view import Table, View, dtype_of
-from planish.ir.ops import argument, aten
+from planish.backends.ort_factors import factors_of
+from planish.ir.ops import aten
 from planish.ir.quantscheme import INTEGERS
 
 if TYPE_CHECKING:
@@ -160,28 +161,17 @@ def _fits(e: Emitter, q: Dequantized, out_axis: int) -> bool:
     return q.axis == 1 - out_axis and q.block >= _SMALLEST_BLOCK and not q.block & (q.block - 1)
 
 
-def _packed_product(
-    e: Emitter, node: Node, x: object, weight: object, bias: Node | None, out_axis: int
-) -> View | None:
-    """``x @ weight + bias`` with a float ``x`` and a packed weight; None where that has no form.
-
-    Args:
-        e: the emitter.
-        node: the linear or product.
-        x: float values, ``[.., in]``.
-        weight: any node.
-        bias: ``[out]``, or None.
-        out_axis: which axis of the weight counts outputs.
-    """
-    if not isinstance(x, Node) or dequantized(x) is not None:
+def _packed_product(e: Emitter, node: Node) -> View | None:
+    """``x @ weight + bias`` with a float ``x`` and a packed weight; None where that has no form."""
+    factors = factors_of(node)
+    if factors is None or dequantized(factors.x) is not None:
         return None
-    if bias is not None and bias.meta["val"].dim() != 1:
-        return None
+    bias = factors.bias
     out = dims_of(node.meta["val"])
-    stored = _stored(e, weight, out_axis) if len(out) > 1 else None
+    stored = _stored(e, factors.weight, factors.out_axis) if len(out) > 1 else None
     if stored is None:
         return None
-    rows, view = e.rows(x)
+    rows, view = e.rows(factors.x)
     given = [rows, *stored.inputs]
     if bias is not None:
         given += [None] * (5 - len(given)) + [e.value(bias)]
@@ -248,28 +238,10 @@ def _embedding(e: Emitter, node: Node) -> View | None:
     return View(found, dims, dims)
 
 
-def _linear(e: Emitter, node: Node) -> View | None:
-    x, weight = node.args[:2]
-    return _packed_product(e, node, x, weight, argument(node, "bias"), 0)
-
-
-def _addmm(e: Emitter, node: Node) -> View | None:
-    if argument(node, "alpha") != 1 or argument(node, "beta") != 1:
-        return None
-    bias, x, weight = node.args[:3]
-    assert isinstance(bias, Node)
-    return _packed_product(e, node, x, weight, bias, 1)
-
-
-def _matmul(e: Emitter, node: Node) -> View | None:
-    x, weight = node.args[:2]
-    return _packed_product(e, node, x, weight, None, 1)
-
-
 ORT_WEIGHTS: Table = {
-    aten.linear.default: _linear,
-    aten.addmm.default: _addmm,
-    aten.mm.default: _matmul,
-    aten.matmul.default: _matmul,
+    aten.linear.default: _packed_product,
+    aten.addmm.default: _packed_product,
+    aten.mm.default: _packed_product,
+    aten.matmul.default: _packed_product,
     aten.embedding.default: _embedding,
 }
