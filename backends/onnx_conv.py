@@ -10,22 +10,13 @@ from torch.fx import Node
 from planish.backends.onnx_dims import dim_of, dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_padding import without_padding
-from planish.backends.onnx_view import Table, View
+from planish.backends.onnx_view import Table, View, node_of, rank_of, source_of
 from planish.ir.ops import argument
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 aten = torch.ops.aten
-
-
-def _node(value: Any) -> Node:  # noqa: ANN401
-    assert isinstance(value, Node)
-    return value
-
-
-def _rank(node: Node) -> int:
-    return len(node.meta["val"].shape)
 
 
 def per_axis(value: Any, count: int) -> list[int]:  # noqa: ANN401
@@ -36,8 +27,8 @@ def per_axis(value: Any, count: int) -> list[int]:  # noqa: ANN401
 
 def with_batch(e: Emitter, node: Node, spatial: int) -> tuple[ir.Value, bool]:
     """The operand with a batch axis: torch takes images without one."""
-    source = _node(node.args[0])
-    if _rank(source) == spatial + 2:
+    source = source_of(node)
+    if rank_of(source) == spatial + 2:
         return e.value(source), False
     dims = dims_of(source.meta["val"])
     return e.materialize(View(e.value(source), dims, (1, *dims))), True
@@ -52,8 +43,8 @@ def without_batch(node: Node, value: ir.Value, added: bool) -> ir.Value | View:
 
 
 def _conv(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    weight, bias = _node(node.args[1]), argument(node, "bias")
-    spatial = _rank(weight) - 2
+    weight, bias = node_of(node.args[1]), argument(node, "bias")
+    spatial = rank_of(weight) - 2
     padding = argument(node, "padding")
     dilation = per_axis(argument(node, "dilation"), spatial)
     sizes = [dim_of(s) for s in weight.meta["val"].shape[2:]]
@@ -82,8 +73,8 @@ def _conv(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _conv_transpose(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    weight, bias = _node(node.args[1]), argument(node, "bias")
-    spatial = _rank(weight) - 2
+    weight, bias = node_of(node.args[1]), argument(node, "bias")
+    spatial = rank_of(weight) - 2
     x, added = with_batch(e, node, spatial)
     result = e.op(
         "ConvTranspose", x, e.value(weight), e.value(bias) if bias is not None else None,

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_graph import Emitter
-from planish.backends.onnx_view import Table, View, dtype_of
+from planish.backends.onnx_view import Table, View, dtype_of, rank_of, source_of
 from planish.ir.ops import argument
 
 if TYPE_CHECKING:
@@ -18,19 +18,9 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _source(node: Node) -> Node:
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return source
-
-
-def _rank(node: Node) -> int:
-    return len(node.meta["val"].shape)
-
-
 def _index(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     """``x[i, :, j]`` with tensors of positions; masks are left to torch's translation."""
-    source = _source(node)
+    source = source_of(node)
     given = list(node.args[1])  # type: ignore[arg-type]
     axes = [axis for axis, index in enumerate(given) if index is not None]
     indices = [given[axis] for axis in axes]
@@ -43,9 +33,9 @@ def _index(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _gather_nd(e: Emitter, node: Node, axes: list[int], indices: list[Node]) -> Any:  # noqa: ANN401
-    source = _source(node)
-    rank, out = _rank(source), dims_of(node.meta["val"])
-    spread = max(_rank(i) for i in indices)
+    source = source_of(node)
+    rank, out = rank_of(source), dims_of(node.meta["val"])
+    spread = max(rank_of(i) for i in indices)
     adjacent = axes == list(range(axes[0], axes[0] + len(axes)))
     first = axes[0] if adjacent else 0
     common: Dims = out[first : first + spread]
@@ -74,27 +64,27 @@ def _one_column(e: Emitter, index: Node, common: Dims) -> ir.Value:
 
 
 def _index_select(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source, axis, index = _source(node), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
-    if not _rank(source):
+    source, axis, index = source_of(node), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    if not rank_of(source):
         return None
     places = e.operand(index, torch.int64)
-    return e.op("Gather", e.value(source), places, axis=axis % _rank(source))
+    return e.op("Gather", e.value(source), places, axis=axis % rank_of(source))
 
 
 def _gather(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source, axis, index = _source(node), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    source, axis, index = source_of(node), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
     assert isinstance(index, Node)
-    if not _rank(source) or not _rank(index):
+    if not rank_of(source) or not rank_of(index):
         return None
     places = e.operand(index, torch.int64)
-    return e.op("GatherElements", e.value(source), places, axis=axis % _rank(source))
+    return e.op("GatherElements", e.value(source), places, axis=axis % rank_of(source))
 
 
 def _scatter(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     source, axis, index, update = node.args[:4]
     assert isinstance(source, Node)
     assert isinstance(index, Node)
-    if not _rank(source) or not _rank(index):
+    if not rank_of(source) or not rank_of(index):
         return None
     dtype = dtype_of(node.meta["val"])
     places = e.operand(index, torch.int64)
@@ -107,16 +97,16 @@ def _scatter(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     reduction = "add" if node.target is aten.scatter_add.default else "none"
     return e.op(
         "ScatterElements", e.value(source), places, values,
-        axis=int(axis) % _rank(source), reduction=reduction,  # type: ignore[arg-type]
+        axis=int(axis) % rank_of(source), reduction=reduction,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def _diff(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     """Differences of neighbors; for bool, whether they differ."""
-    source = _source(node)
+    source = source_of(node)
     if argument(node, "n") != 1:
         return None
-    rank, dtype = _rank(source), dtype_of(node.meta["val"])
+    rank, dtype = rank_of(source), dtype_of(node.meta["val"])
     axis = int(argument(node, "dim")) % rank
     parts = [argument(node, "prepend"), source, argument(node, "append")]
     values = [e.operand(p, dtype) for p in parts if p is not None]

@@ -15,7 +15,7 @@ from planish.backends.onnx_dims import dim_of, dims_of, product
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_pointwise import on_base
 from planish.backends.onnx_quantize import dequantized, linear_of_codes
-from planish.backends.onnx_view import Table, View, dtype_of
+from planish.backends.onnx_view import Table, View, dtype_of, node_of, rank_of, source_of
 from planish.ir.errors import UnsupportedError
 from planish.ir.ops import argument
 
@@ -25,22 +25,13 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _node(value: Any) -> Node:  # noqa: ANN401
-    assert isinstance(value, Node)
-    return value
-
-
-def _rank(node: Node) -> int:
-    return len(node.meta["val"].shape)
-
-
 # -- matrix products --------------------------------------------------------------------------
 
 
 def _linear(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    x, weight, bias = _node(node.args[0]), _node(node.args[1]), argument(node, "bias")
+    x, weight, bias = source_of(node), node_of(node.args[1]), argument(node, "bias")
     out = dims_of(node.meta["val"])
-    if _rank(weight) != 2:
+    if rank_of(weight) != 2:
         return None
     quantized = linear_of_codes(e, node, x, weight, bias, out_axis=0)
     if quantized is not None:
@@ -69,7 +60,7 @@ def _transposed(e: Emitter, weight: Node) -> ir.Value:
 
 
 def _addmm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    bias, a, b = (_node(x) for x in node.args[:3])
+    bias, a, b = (node_of(x) for x in node.args[:3])
     beta, alpha = float(argument(node, "beta")), float(argument(node, "alpha"))
     out = dims_of(node.meta["val"])
     if alpha == beta == 1:
@@ -82,14 +73,14 @@ def _addmm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _matmul(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    a, b = _node(node.args[0]), _node(node.args[1])
+    a, b = source_of(node), node_of(node.args[1])
     if dtype_of(node.meta["val"]) is torch.bool:
         return None
     out = dims_of(node.meta["val"])
     quantized = linear_of_codes(e, node, a, b, None, out_axis=1)
     if quantized is not None:
         return quantized
-    if _rank(b) == 2 and _rank(a) >= 2 and e.known(b) is not None and e.style.linear == "gemm":
+    if rank_of(b) == 2 and rank_of(a) >= 2 and e.known(b) is not None and e.style.linear == "gemm":
         rows, view = e.rows(a)
         result = e.op("Gemm", rows, e.value(b))
         return View(result, (view.base_dims[0], out[-1]), out)
@@ -97,7 +88,7 @@ def _matmul(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _baddbmm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    bias, a, b = (_node(x) for x in node.args[:3])
+    bias, a, b = (node_of(x) for x in node.args[:3])
     dtype = dtype_of(node.meta["val"])
     beta, alpha = argument(node, "beta"), argument(node, "alpha")
     result = e.op("MatMul", e.value(a), e.value(b))
@@ -119,7 +110,7 @@ def _channels(e: Emitter, node: Node, name: str, fill: float) -> ir.Value:
     given = argument(node, name)
     if given is not None:
         return e.value(given)
-    count = int(_node(node.args[0]).meta["val"].shape[1])
+    count = int(source_of(node).meta["val"].shape[1])
     return _filled(e, fill, count, dtype_of(node.meta["val"]))
 
 
@@ -135,7 +126,7 @@ def _filled(e: Emitter, fill: float, count: int, dtype: torch.dtype) -> ir.Value
 def _batch_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if argument(node, "training") or argument(node, "running_mean") is None:
         return None
-    x = _node(node.args[0])
+    x = source_of(node)
     return e.op(
         "BatchNormalization", e.value(x), _channels(e, node, "weight", 1.0),
         _channels(e, node, "bias", 0.0), e.value(argument(node, "running_mean")),
@@ -160,11 +151,11 @@ def _layer_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     bias, eps = argument(node, "bias"), float(argument(node, "eps"))
     scale = _norm_scale(e, node)
     shift = e.value(bias) if bias is not None else None
-    view = e.view(_node(node.args[0]))
+    view = e.view(source_of(node))
     if count == 1 and view.keeps_rows:
         norm = e.op("LayerNormalization", view.base, scale, shift, axis=-1, epsilon=eps)
         return view.with_base(norm)
-    x = e.value(_node(node.args[0]))
+    x = e.value(source_of(node))
     return e.op("LayerNormalization", x, scale, shift, axis=-count, epsilon=eps)
 
 
@@ -173,7 +164,7 @@ def _rms_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     dtype = dtype_of(node.meta["val"])
     eps = argument(node, "eps")
     eps = torch.finfo(dtype).eps if eps is None else float(eps)
-    source = _node(node.args[0])
+    source = source_of(node)
     view = e.view(source)
     rows = count == 1 and view.keeps_rows
     x = view.base if rows else e.value(source)
@@ -190,7 +181,7 @@ def _rms_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 def _group_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     """Through InstanceNormalization over [N, groups, -1]: the same in every opset and engine."""
-    source = _node(node.args[0])
+    source = source_of(node)
     dims, dtype = dims_of(source.meta["val"]), dtype_of(node.meta["val"])
     groups, eps = int(argument(node, "num_groups")), float(argument(node, "eps"))
     flat = (dims[0], groups, product(dims[1:]) // groups)
@@ -211,16 +202,16 @@ def _instance_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if not argument(node, "use_input_stats"):
         return None
     return e.op(
-        "InstanceNormalization", e.value(_node(node.args[0])), _channels(e, node, "weight", 1.0),
+        "InstanceNormalization", e.value(source_of(node)), _channels(e, node, "weight", 1.0),
         _channels(e, node, "bias", 0.0), epsilon=float(argument(node, "eps")),
     )  # fmt: skip
 
 
 def _softmax(name: str) -> Callable[[Emitter, Node], Any]:
     def translate(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-        source, dtype = _node(node.args[0]), dtype_of(node.meta["val"])
+        source, dtype = source_of(node), dtype_of(node.meta["val"])
         axis = int(argument(node, "dim"))
-        rank = max(1, _rank(source))
+        rank = max(1, rank_of(source))
         view = e.view(source)
         if axis % rank == rank - 1 and view.keeps_rows:
             return on_base(e, node, lambda x: e.op(name, x, axis=-1))
@@ -289,7 +280,7 @@ def _with_edges(e: Emitter, node: Node, x: ir.Value, facts: dict[str, Any]) -> i
     Over integers OpenVINO 2026.4 takes the padding for codes of 0, whatever their zero point.
     """
     dtype, spatial = dtype_of(node.meta["val"]), _pool_spatial(node)
-    sizes = dims_of(_node(node.args[0]).meta["val"])[-spatial:]
+    sizes = dims_of(source_of(node).meta["val"])[-spatial:]
 
     def share() -> ir.Value:
         ones = e.op("Expand", e.constant(1.0, dtype), e.sizes((1, 1, *sizes)))
@@ -318,12 +309,12 @@ def _sum_pool(e: Emitter, node: Node, facts: dict[str, Any], divisor: int) -> An
 
 
 def _adaptive_avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source = _node(node.args[0])
+    source = source_of(node)
     goal = list(argument(node, "output_size"))
     spatial = len(goal)
     sizes = [dim_of(s) for s in source.meta["val"].shape[-spatial:]]
     if all(g == 1 for g in goal):
-        if _rank(source) == spatial + 2:
+        if rank_of(source) == spatial + 2:
             return e.op("GlobalAveragePool", e.value(source))
         axes = e.constant(list(range(-spatial, 0)))
         return e.op("ReduceMean", e.value(source), axes, keepdims=1)
@@ -345,7 +336,7 @@ def _adaptive_avg_pool(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _embedding(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    weight, ids = _node(node.args[0]), _node(node.args[1])
+    weight, ids = source_of(node), node_of(node.args[1])
     return e.op("Gather", e.value(weight), e.value(ids), axis=0)
 
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_file import onnx_dtype
 from planish.backends.onnx_graph import Emitter
-from planish.backends.onnx_view import Table, View, dtype_of
+from planish.backends.onnx_view import Table, View, dtype_of, rank_of, source_of
 from planish.ir.ops import argument
 
 if TYPE_CHECKING:
@@ -20,23 +20,13 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _source(node: Node) -> Node:
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return source
-
-
-def _rank(node: Node) -> int:
-    return len(node.meta["val"].shape)
-
-
 def _has(node: Node, name: str) -> bool:
     return any(a.name == name for a in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
 def _axes(node: Node) -> list[int]:
     """The reduced axes; all of them where none is given."""
-    rank = _rank(_source(node))
+    rank = rank_of(source_of(node))
     dim = argument(node, "dim") if _has(node, "dim") else None
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return list(range(rank))
@@ -64,8 +54,8 @@ def reduce_axes(e: Emitter, node: Node, name: str, x: ir.Value) -> ir.Value:
 def _reduction(name: str) -> Callable[[Emitter, Node], Any]:
     def translate(e: Emitter, node: Node) -> Any:  # noqa: ANN401
         dtype = dtype_of(_first_value(node))
-        source = _source(node)
-        if not _rank(source):
+        source = source_of(node)
+        if not rank_of(source):
             return View(e.operand(source, dtype), (), ())
         if dtype is torch.bool:
             return None
@@ -78,9 +68,9 @@ def _boolean(name: str) -> Callable[[Emitter, Node], Any]:
     """``any`` and ``all`` through the largest and smallest of 0 and 1."""
 
     def translate(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-        source = _source(node)
+        source = source_of(node)
         truth = e.operand(source, torch.bool)
-        if not _rank(source):
+        if not rank_of(source):
             return View(truth, (), ())
         number = e.op("Cast", truth, to=onnx_dtype(torch.int32))
         return e.op("Cast", reduce_axes(e, node, name, number), to=onnx_dtype(torch.bool))
@@ -92,7 +82,7 @@ def _variance(root: bool) -> Callable[[Emitter, Node], Any]:
     """``var`` and ``std``: mean of squared differences, with the correction of the count."""
 
     def translate(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-        source, dtype = _source(node), dtype_of(node.meta["val"])
+        source, dtype = source_of(node), dtype_of(node.meta["val"])
         axes = _axes(node)
         count = 1
         for axis in axes:
@@ -124,7 +114,7 @@ def _vector_norm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     names = {1: "ReduceL1", 2: "ReduceL2", None: "ReduceL2"}
     if order not in names or (_has(node, "dtype") and argument(node, "dtype") is not None):
         return None
-    x = e.operand(_source(node), dtype_of(node.meta["val"]))
+    x = e.operand(source_of(node), dtype_of(node.meta["val"]))
     return reduce_axes(e, node, names[order], x)
 
 
@@ -132,8 +122,8 @@ def _extreme(reduce: str, search: str) -> Callable[[Emitter, Node], Any]:
     """``max`` and ``min`` along one axis: values and positions."""
 
     def translate(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-        source = _source(node)
-        if not _rank(source) or dtype_of(source.meta["val"]) is torch.bool:
+        source = source_of(node)
+        if not rank_of(source) or dtype_of(source.meta["val"]) is torch.bool:
             return None
         x = e.value(source)
         values = reduce_axes(e, node, reduce, x)
@@ -145,8 +135,8 @@ def _extreme(reduce: str, search: str) -> Callable[[Emitter, Node], Any]:
 
 def _search(name: str) -> Callable[[Emitter, Node], Any]:
     def translate(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-        source = _source(node)
-        rank = _rank(source)
+        source = source_of(node)
+        rank = rank_of(source)
         if not rank or dtype_of(source.meta["val"]) is torch.bool:
             return None
         axis = argument(node, "dim")
@@ -161,20 +151,20 @@ def _search(name: str) -> Callable[[Emitter, Node], Any]:
 
 
 def _cumsum(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source, dtype = _source(node), dtype_of(node.meta["val"])
-    if not _rank(source):
+    source, dtype = source_of(node), dtype_of(node.meta["val"])
+    if not rank_of(source):
         return View(e.operand(source, dtype), (), ())
-    axis = int(argument(node, "dim")) % _rank(source)
+    axis = int(argument(node, "dim")) % rank_of(source)
     return e.op("CumSum", e.operand(source, dtype), e.constant(axis))
 
 
 def _topk(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source = _source(node)
-    if not _rank(source):
+    source = source_of(node)
+    if not rank_of(source):
         return None
     count = argument(node, "k")
     amount = e.size_of(count)
-    axis = int(argument(node, "dim")) % _rank(source)
+    axis = int(argument(node, "dim")) % rank_of(source)
     return e.ops(
         2, "TopK", e.value(source), amount, axis=axis,
         largest=int(argument(node, "largest")), sorted=int(argument(node, "sorted")),
@@ -182,7 +172,7 @@ def _topk(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _logsumexp(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    x = e.operand(_source(node), dtype_of(node.meta["val"]))
+    x = e.operand(source_of(node), dtype_of(node.meta["val"]))
     return reduce_axes(e, node, "ReduceLogSumExp", x)
 
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from planish.backends.onnx_dims import Dim, Dims, dim_of, dims_of, product
 from planish.backends.onnx_file import onnx_dtype
 from planish.backends.onnx_graph import Emitter
-from planish.backends.onnx_view import Table, View, dtype_of
+from planish.backends.onnx_view import Table, View, dtype_of, rank_of, source_of
 from planish.ir.ops import argument
 
 aten = torch.ops.aten
@@ -23,19 +23,9 @@ _FAR = 2**31 - 1  # torch writes "to the end" as the largest int64 or int32
 _INT64_MAX = 2**63 - 1
 
 
-def _source(node: Node) -> Node:
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return source
-
-
-def _rank(node: Node) -> int:
-    return len(node.meta["val"].shape)
-
-
 def _axis(node: Node, axis: int) -> int:
     """A non-negative axis of the first operand."""
-    rank = max(1, _rank(_source(node)))
+    rank = max(1, rank_of(source_of(node)))
     return axis % rank
 
 
@@ -44,7 +34,7 @@ def _axis(node: Node, axis: int) -> int:
 
 def reshape(e: Emitter, node: Node) -> View:
     """Any operator that only renames axes: the result's type holds the new sizes."""
-    return reshaped(e, e.view(_source(node)), dims_of(node.meta["val"]))
+    return reshaped(e, e.view(source_of(node)), dims_of(node.meta["val"]))
 
 
 def reshaped(e: Emitter, view: View, dims: Dims) -> View:
@@ -60,7 +50,7 @@ def _identity(e: Emitter, node: Node) -> View | None:
     """Operators that return their first operand's values."""
     if node.target in _DROPOUTS and argument(node, "train"):
         return None
-    return e.view(_source(node))
+    return e.view(source_of(node))
 
 
 def _permuted(view: View, order: Sequence[int]) -> View:
@@ -71,21 +61,21 @@ def _permuted(view: View, order: Sequence[int]) -> View:
 
 
 def _permute(e: Emitter, node: Node) -> View:
-    rank = _rank(node)
-    return _permuted(e.view(_source(node)), [int(p) % rank for p in argument(node, "dims")])
+    rank = rank_of(node)
+    return _permuted(e.view(source_of(node)), [int(p) % rank for p in argument(node, "dims")])
 
 
 def _transpose(e: Emitter, node: Node) -> View:
-    order = list(range(_rank(node)))
+    order = list(range(rank_of(node)))
     if len(order) < 2:
-        return e.view(_source(node))
+        return e.view(source_of(node))
     a, b = (0, 1) if node.target is aten.t.default else (int(x) for x in node.args[1:3])  # type: ignore[arg-type]
     order[a], order[b] = order[b], order[a]
-    return _permuted(e.view(_source(node)), order)
+    return _permuted(e.view(source_of(node)), order)
 
 
 def _numpy_transpose(e: Emitter, node: Node) -> View:
-    return _permuted(e.view(_source(node)), list(reversed(range(_rank(node)))))
+    return _permuted(e.view(source_of(node)), list(reversed(range(rank_of(node)))))
 
 
 def _axis_list(given: int | Sequence[int], rank: int) -> list[int]:
@@ -93,21 +83,21 @@ def _axis_list(given: int | Sequence[int], rank: int) -> list[int]:
 
 
 def _movedim(e: Emitter, node: Node) -> View:
-    rank = _rank(node)
+    rank = rank_of(node)
     sources = _axis_list(argument(node, "source"), rank)
     goals = _axis_list(argument(node, "destination"), rank)
     order = [-1] * rank
     for source, goal in zip(sources, goals, strict=True):
         order[goal] = source
     rest = iter(a for a in range(rank) if a not in sources)
-    return _permuted(e.view(_source(node)), [next(rest) if a < 0 else a for a in order])
+    return _permuted(e.view(source_of(node)), [next(rest) if a < 0 else a for a in order])
 
 
 # -- parts ------------------------------------------------------------------------------------
 
 
 def _slice(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source = _source(node)
+    source = source_of(node)
     axis = _axis(node, argument(node, "dim"))
     start, end, step = (argument(node, n) for n in ("start", "end", "step"))
     dims = dims_of(source.meta["val"])
@@ -127,7 +117,7 @@ def _slice(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 def _select(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     axis, index = _axis(node, node.args[1]), node.args[2]  # type: ignore[arg-type]
     position = e.value(index) if isinstance(index, Node) else e.constant(index)
-    return e.op("Gather", e.value(_source(node)), position, axis=axis)
+    return e.op("Gather", e.value(source_of(node)), position, axis=axis)
 
 
 def _pieces(e: Emitter, node: Node) -> list[Any]:
@@ -135,11 +125,11 @@ def _pieces(e: Emitter, node: Node) -> list[Any]:
     axis = _axis(node, argument(node, "dim"))
     parts: Sequence[Tensor] = node.meta["val"]
     lengths: Dims = tuple(dim_of(p.shape[axis]) for p in parts)
-    view = e.view(_source(node))
+    view = e.view(source_of(node))
     if len(parts) == 1:
         return [view]
     last = view.keeps_rows and axis == len(view.dims) - 1
-    whole = view.base if last else e.materialize(view, like=_source(node).meta["val"])
+    whole = view.base if last else e.materialize(view, like=source_of(node).meta["val"])
     outputs = e.ops(len(parts), "Split", whole, e.sizes(lengths), axis=-1 if last else axis)
     if not last:
         return list(outputs)
@@ -152,16 +142,16 @@ def _pieces(e: Emitter, node: Node) -> list[Any]:
 def _unbind(e: Emitter, node: Node) -> list[Any]:
     axis = _axis(node, argument(node, "dim"))
     parts: Sequence[Tensor] = node.meta["val"]
-    view = e.view(_source(node))
+    view = e.view(source_of(node))
     packed = _unbind_packed(e, view, axis, len(parts))
     if packed is not None:
         return packed
-    whole = e.materialize(view, like=_source(node).meta["val"])
+    whole = e.materialize(view, like=source_of(node).meta["val"])
     if len(parts) == 1:
         pieces = [whole]
     else:
         pieces = e.ops(len(parts), "Split", whole, e.constant([1] * len(parts)), axis=axis)
-    dims = dims_of(_source(node).meta["val"])
+    dims = dims_of(source_of(node).meta["val"])
     thin = (*dims[:axis], 1, *dims[axis + 1 :])
     return [View(p, thin, dims_of(part)) for p, part in zip(pieces, parts, strict=True)]
 
@@ -191,7 +181,7 @@ def _unbind_packed(e: Emitter, view: View, axis: int, count: int) -> list[View] 
 
 
 def _getitem(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    held = e.held(_source(node))
+    held = e.held(source_of(node))
     assert isinstance(held, list)
     return held[int(node.args[1])]  # type: ignore[arg-type]
 
@@ -202,8 +192,8 @@ def _getitem(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 def _cat(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     tensors = [t for t in node.args[0] if isinstance(t, Node)]  # type: ignore[union-attr]
     # torch skips empty one-dimensional tensors whatever the shape of the others.
-    rank = _rank(node)
-    tensors = [t for t in tensors if _rank(t) == rank]
+    rank = rank_of(node)
+    tensors = [t for t in tensors if rank_of(t) == rank]
     dtype = dtype_of(node.meta["val"])
     axis = int(argument(node, "dim")) % rank
     if len(tensors) == 1:
@@ -212,7 +202,7 @@ def _cat(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _stack(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    rank, dtype = _rank(node), dtype_of(node.meta["val"])
+    rank, dtype = rank_of(node), dtype_of(node.meta["val"])
     axis = int(argument(node, "dim")) % rank
     parts = []
     for tensor in node.args[0]:  # type: ignore[union-attr]
@@ -225,14 +215,14 @@ def _stack(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _expand(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source, goal = _source(node), dims_of(node.meta["val"])
+    source, goal = source_of(node), dims_of(node.meta["val"])
     if dims_of(source.meta["val"]) == goal:
         return e.view(source)
     return e.op("Expand", e.value(source), e.sizes(goal))
 
 
 def _repeat(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source, repeats = _source(node), list(node.args[1])  # type: ignore[arg-type]
+    source, repeats = source_of(node), list(node.args[1])  # type: ignore[arg-type]
     dims = dims_of(source.meta["val"])
     padded = (*[1] * (len(repeats) - len(dims)), *dims)
     view = reshaped(e, e.view(source), padded)
@@ -248,19 +238,19 @@ def _flip(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     ones = [-1] * len(axes)
     lowest = [-_INT64_MAX] * len(axes)
     return e.op(
-        "Slice", e.value(_source(node)), e.constant(ones), e.constant(lowest),
+        "Slice", e.value(source_of(node)), e.constant(ones), e.constant(lowest),
         e.constant(axes), e.constant(ones),
     )  # fmt: skip
 
 
 def _roll(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     shifts, axes = argument(node, "shifts"), argument(node, "dims")
-    source = _source(node)
+    source = source_of(node)
     if not axes or not all(isinstance(s, int) for s in shifts):
         return None
     value = e.value(source)
     for shift, axis in zip(shifts, axes, strict=True):
-        axis %= _rank(source)
+        axis %= rank_of(source)
         size = dim_of(source.meta["val"].shape[axis])
         if shift == 0 or (isinstance(size, int) and shift % size == 0):
             continue
@@ -307,7 +297,7 @@ def _scalar_tensor(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 def _triangle(upper: int) -> Callable[[Emitter, Node], Any]:
     def translate(e: Emitter, node: Node) -> Any:  # noqa: ANN401
         offset = argument(node, "diagonal")
-        source = e.value(_source(node))
+        source = e.value(source_of(node))
         if dtype_of(node.meta["val"]) is torch.bool:
             # ONNX runtimes have no boolean kernel.
             part = e.op("Cast", source, to=onnx_dtype(torch.int32))
@@ -321,7 +311,7 @@ def _triangle(upper: int) -> Callable[[Emitter, Node], Any]:
 def padding_pairs(node: Node) -> list[tuple[Dim, Dim]]:
     """(before, after) for each axis of the operand, from torch's last-axis-first list."""
     flat = list(argument(node, "pad"))
-    pairs: list[tuple[Any, Any]] = [(0, 0)] * _rank(_source(node))
+    pairs: list[tuple[Any, Any]] = [(0, 0)] * rank_of(source_of(node))
     for i in range(len(flat) // 2):
         pairs[-1 - i] = (flat[2 * i], flat[2 * i + 1])
     return pairs
@@ -333,7 +323,7 @@ def _pad(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     if mode == "circular" and e.opset < 19:
         return None
     pairs = padding_pairs(node)
-    source, dtype = _source(node), dtype_of(node.meta["val"])
+    source, dtype = source_of(node), dtype_of(node.meta["val"])
     flat = [p[0] for p in pairs] + [p[1] for p in pairs]
     if all(isinstance(p, int) for p in flat):
         pads = e.constant(flat)

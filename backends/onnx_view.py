@@ -98,6 +98,22 @@ def dtype_of(value: Any) -> torch.dtype:  # noqa: ANN401
     return torch.float32
 
 
+def node_of(value: object) -> Node:
+    """An argument that has to be a node, as one."""
+    assert isinstance(value, Node)
+    return value
+
+
+def source_of(node: Node) -> Node:
+    """The first operand of an operator that reads a tensor."""
+    return node_of(node.args[0])
+
+
+def rank_of(node: Node) -> int:
+    """The number of axes of a tensor."""
+    return len(node.meta["val"].shape)
+
+
 # What a translation returns: a value, a view, a list of them, or None where it declines.
 Translator: TypeAlias = "Callable[[Emitter, Node], Any]"
 Table: TypeAlias = Mapping[Any, Translator]
