@@ -85,7 +85,9 @@ def save(program: Program, path: str | os.PathLike[str]) -> None:
         "bodies": body_orders(flat.constants),
         "order": list(flat.constants),
         "constants": constant_rows,
-        "layouts": {n: [s.n, s.m, s.axis] for n, s in sorted(program.layouts.items())},
+        "layouts": {
+            n: [s.n, s.m, s.axis, list(s.block)] for n, s in sorted(program.layouts.items())
+        },
         "samples": samples,
         "sample_tensors": sample_rows,
         "remarks": list(program.remarks),
@@ -170,7 +172,7 @@ def _assemble(
         new,
         constants,
         signature,
-        layouts={name: SparseLayout(*row) for name, row in about["layouts"].items()},
+        layouts={name: _layout(*row) for name, row in about["layouts"].items()},
         remarks=tuple(remarks),
     )
     packed = unpack(sample_tensors, about["sample_tensors"])
@@ -180,6 +182,10 @@ def _assemble(
     )
     _check(program)
     return program
+
+
+def _layout(n: int, m: int, axis: int | None, block: list[int]) -> SparseLayout:
+    return SparseLayout(n, m, axis, (block[0], block[1]))
 
 
 def _check(program: Program) -> None:

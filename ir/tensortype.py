@@ -36,14 +36,32 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class SparseLayout:
-    """``n`` of every ``m`` consecutive entries along ``axis`` may be nonzero (``sparse<2:4>``)."""
+    """Where a constant may be nonzero: ``sparse<2:4, axis=1>``, ``sparse<512 of 1024>``.
+
+    Attributes:
+        n: how many entries (or blocks) may be nonzero,
+        m: of how many.
+        axis: of every ``m`` consecutive entries along it; None for the whole tensor, so that ``m``
+            is the number of its entries (or blocks).
+        block: sizes along the first two axes of the blocks that are nonzero or zero as a whole;
+            needs ``axis`` None.
+    """
 
     n: int
     m: int
-    axis: int
+    axis: int | None
+    block: tuple[int, int] = (1, 1)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of entries that are zero at the least."""
+        return 1 - self.n / self.m
 
     def __str__(self) -> str:
-        return f"sparse<{self.n}:{self.m}, axis={self.axis}>"
+        if self.axis is not None:
+            return f"sparse<{self.n}:{self.m}, axis={self.axis}>"
+        blocks = "" if self.block == (1, 1) else " blocks {}x{}".format(*self.block)
+        return f"sparse<{self.n} of {self.m}{blocks}>"
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,14 @@ def sparse_layouts(subject: Subject) -> Iterator[Fault]:
 def layout_problem(value: Tensor, layout: SparseLayout) -> str | None:
     """Say why a tensor does not have a layout, or None where it does.
 
-    A last group of fewer than ``m`` entries may also hold ``n`` nonzeros.
+    A last group of fewer than ``m`` entries may also hold ``n`` nonzeros, and a last block may be
+    smaller.
     """
-    if not 0 < layout.n <= layout.m:
+    least = 0 if layout.axis is None else 1
+    if not least <= layout.n <= layout.m or (layout.axis is not None and layout.block != (1, 1)):
         return f"{layout.n}:{layout.m} is no layout"
+    if layout.axis is None:
+        return _spread_problem(value != 0, layout)
     if not -value.dim() <= layout.axis < value.dim():
         return f"it has only {value.dim()} axes"
     axis = layout.axis % value.dim()
@@ -49,6 +53,26 @@ def layout_problem(value: Tensor, layout: SparseLayout) -> str | None:
     tail = nonzero.narrow(axis, whole, value.shape[axis] - whole)
     crowded += int((tail.sum(axis) > layout.n).sum())
     return f"{crowded} groups hold more than {layout.n} nonzeros" if crowded else None
+
+
+def _spread_problem(nonzero: Tensor, layout: SparseLayout) -> str | None:
+    """The same for a layout of the whole tensor: entries, or blocks of its first two axes."""
+    what = "entries"
+    if layout.block != (1, 1):
+        if nonzero.dim() < 2:
+            return f"it has only {nonzero.dim()} axes"
+        what = "blocks"
+        for axis, size in enumerate(layout.block):
+            short = nonzero.shape[axis] % size
+            if short:
+                shape = [*nonzero.shape]
+                shape[axis] = size - short
+                nonzero = torch.cat([nonzero, nonzero.new_zeros(shape)], axis)
+            nonzero = nonzero.unflatten(axis, (-1, size)).any(axis + 1)
+    if nonzero.numel() != layout.m:
+        return f"it has {nonzero.numel()} {what}, not {layout.m}"
+    count = int(nonzero.sum())
+    return f"{count} {what} are nonzero" if count > layout.n else None
 
 
 Scheme = Callable[[Program, Node], str | None]

@@ -52,11 +52,13 @@ REGISTRY: Mapping[str, str] = {
     "equalize-layers": "planish.passes.equalize.equalize_layers:EqualizeLayers",
     "adaround": "planish.passes.rounding.adaround:AdaRound",
     "correct-bias": "planish.passes.rounding.correct_bias:CorrectBias",
+    "learn-ranges": "planish.passes.rounding.learn_ranges:LearnRanges",
     "round-weights": "planish.passes.rounding.round_weights:RoundWeights",
     "choose-bits": "planish.passes.rounding.choose_bits:ChooseBits",
     "hqq": "planish.passes.rounding.hqq:Hqq",
     "gptq": "planish.passes.rounding.gptq:Gptq",
     "awq": "planish.passes.rounding.awq:Awq",
+    "sparsify": "planish.passes.sparsify.sparsify:Sparsify",
 }
 
 
