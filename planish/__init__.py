@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from planish.ir.program import Program
     from planish.optimized import Optimized
     from planish.passes.recipe import Recipe
+    from planish.recall import recall_report
     from planish.report import Report
 
 # Imported on first use: torch.export alone costs more than everything else here together.
@@ -39,6 +40,7 @@ _HOMES = {
     "Optimized": "planish.optimized",
     "Program": "planish.ir.program",
     "Recipe": "planish.passes.recipe",
+    "recall_report": "planish.recall",
     "Report": "planish.report",
     **dict.fromkeys(
         (
@@ -71,6 +73,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "optimize",
+    "recall_report",
 ]
 
 
