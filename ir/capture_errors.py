@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from planish.ir.calling import Call
-from planish.ir.errors import CaptureError, PlanishError, UsageError
+from planish.ir.errors import CaptureError, ControlFlowError, PlanishError, UsageError
 
 _TORCH = str(Path(torch.__file__).parent)
 _PLANISH = str(Path(__file__).resolve().parent)
@@ -158,7 +158,7 @@ def explain(error: Exception) -> PlanishError:
     where = user_line(error)
     kind = type(error).__name__
     if "data-dependent" in text or kind == "GuardOnDataDependentSymNode":
-        return CaptureError(
+        return ControlFlowError(
             "control flow depends on values, not only on shapes",
             where=where,
             hint="a traced graph cannot follow it: use torch.where or torch.cond, or export the "

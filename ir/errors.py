@@ -97,6 +97,28 @@ class UnsupportedError(PlanishError):
     exit_code = 4
 
 
+class ControlFlowError(CaptureError, UnsupportedError):
+    """What the model does next depends on values, which no traced graph can follow."""
+
+    exit_code = 4
+
+
+class MisusedPassError(PassError, UsageError):
+    """A recipe asks of a pass what cannot be: a pattern that matches nothing, a wrong order."""
+
+    exit_code = 2
+
+
+class NothingToDoError(PassError, UnsupportedError):
+    """A pass that was asked for finds nothing in the program that it could work on."""
+
+    exit_code = 4
+
+
+class BoundError(VerificationError):
+    """The outputs cannot be kept as near as the caller asks."""
+
+
 class ExportError(PlanishError):
     """An artifact could not be written, or did not agree with the program."""
 

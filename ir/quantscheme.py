@@ -29,8 +29,8 @@ INTEGERS: dict[str, tuple[int, int, torch.dtype]] = {
     "int32": (-(2**31), 2**31 - 1, torch.int32),
 }
 
-# A scale below this would make 1/scale overflow in float32.
-SMALLEST_SCALE = 2.0**-100
+# The smallest normal float32. What is below it loses digits, and processors may take it for zero.
+SMALLEST_SCALE = 2.0**-126
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class QuantScheme:
             scale = (high - low) / (largest - smallest)
             zero = (smallest - low / scale.clamp(min=SMALLEST_SCALE)).round()
         # All zeros: any scale writes them; one is the plainest.
-        scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=SMALLEST_SCALE))
         zero = zero.clamp(smallest, largest)
         return scale.to(torch.float32), zero.to(self.storage)
 

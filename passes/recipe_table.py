@@ -34,7 +34,8 @@ _CLEANUP = (
     "eliminate-dead-code",
 )
 
-_FLOOR = "keep-float{min_sqnr_db=12}"
+# What int8 asks of its alternatives where the caller asks for nothing.
+FLOOR = "keep-float{min_sqnr_db=12}"
 
 RECIPES: Mapping[str, tuple[str, ...]] = {
     "none": (),
@@ -70,7 +71,7 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
         "gptq{without_data=hqq}",
     ),
     "int8": (
-        f'alternatives={{int8-static="int8-static,{_FLOOR}",int8-dynamic="int8-dynamic,{_FLOOR}"}}',
+        f'alternatives={{int8-static="int8-static,{FLOOR}",int8-dynamic="int8-dynamic,{FLOOR}"}}',
         "exact",
     ),
 }

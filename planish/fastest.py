@@ -30,7 +30,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from planish.ir.errors import PlanishError, RecipeError, RequirementError, UsageError
+from planish.ir.errors import (
+    BoundError,
+    NothingToDoError,
+    PlanishError,
+    RecipeError,
+    RequirementError,
+    UsageError,
+)
 from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.quantize.islands import alike, islands
@@ -39,6 +46,7 @@ from planish.passes.quantize.outputs import Judge, Padding, Score
 from planish.passes.quantize.restore import quantized_operators
 from planish.passes.quantize.where import NoSuchOperatorError
 from planish.passes.recipe import Recipe
+from planish.passes.recipe_table import FLOOR
 from planish.passes.steps import Run
 from planish.race import Entrant, Race
 
@@ -116,12 +124,15 @@ class Fastest:
         self.inputs = _inputs(program, context)
         self._judge: Judge | None = None
         self._files = 0
+        self._answers: dict[str, PlanishError] = {}  # of alternatives that can give no file
 
     def run(self) -> Outcome:
         """Run everybody and choose.
 
         Raises:
             RequirementError: an alternative needs data that was not given.
+            NothingToDoError: no alternative finds anything to quantize.
+            BoundError: none keeps the bound that the caller asks for.
         """
         with tempfile.TemporaryDirectory(prefix="planish-race-") as name:
             self.folder = Path(name)
@@ -129,6 +140,8 @@ class Fastest:
             assert isinstance(base, _Candidate)  # errors of the float file are everybody's
             found = [self._entered(recipe, name) for recipe, name in self._alternatives()]
             racing = [c for c in found if isinstance(c, _Candidate)]
+            if found and len(self._answers) == len(found):
+                raise self._all_out()
             speeds = self._speeds([base, *racing], _RACE_SECONDS)
             for candidate, speed in zip((base, *racing), speeds, strict=True):
                 candidate.entrant = replace(candidate.entrant, speed=speed)
@@ -155,16 +168,32 @@ class Fastest:
             # Missing data is the caller's to add, and what the float file fails by is no choice.
             if name == FLOAT or isinstance(error, _CALLERS):
                 raise
-            self.remarks.append(f"{name} is out of the race, it failed: {error.what}")
-            return Entrant(name=name, verdict=f"failed: {error.what}")
+            if isinstance(error, NothingToDoError) or (
+                isinstance(error, BoundError) and _asked_for(recipe)
+            ):
+                self._answers[name] = error
+            failed = "" if isinstance(error, BoundError) else "failed: "
+            self.remarks.append(f"{name} is out of the race: {failed}{error.what}")
+            return Entrant(name=name, verdict=f"{failed}{error.what}")
         entrant = Entrant(name=name, score=score, bytes=artifact.bytes)
         bounds = [p for p in recipe.passes if isinstance(p, KeepFloat) and p.bounded]
         missed = [p for p in bounds if score is not None and not p.holds(score)]
         if missed:
             verdict = f"its outputs keep only {score}; asked for: {missed[0].bounds}"
+            if _asked_for(recipe):
+                self._answers[name] = BoundError(verdict, hint="ask for less")
             self.remarks.append(f"{name} is out of the race: {verdict}")
             return replace(entrant, verdict=verdict)
         return _Candidate(entrant, recipe, run, artifact)
+
+    def _all_out(self) -> PlanishError:
+        """The error that no alternative can do what was asked for."""
+        texts = "; ".join(f"{name}: {error.what}" for name, error in self._answers.items())
+        missed = [e for e in self._answers.values() if isinstance(e, BoundError)]
+        if missed:
+            return BoundError(f"no alternative keeps the bound: {texts}", hint=missed[0].hint)
+        hint = next(iter(self._answers.values())).hint
+        return NothingToDoError(f"no alternative quantizes anything: {texts}", hint=hint)
 
     def _score(self, program: Program) -> Score:
         if self._judge is None:
@@ -282,6 +311,14 @@ class Fastest:
             )
         race = Race(entrants=tuple(told), taken=taken)
         return Outcome(winner.recipe, winner.run, race, tuple(self.remarks))
+
+
+def _asked_for(recipe: Recipe) -> bool:
+    """Whether a bound of a recipe is the caller's, and not the one that ``int8`` has of itself."""
+    floor = [p.bounds for p in Recipe.parse(FLOOR).passes if isinstance(p, KeepFloat)]
+    return any(
+        isinstance(p, KeepFloat) and p.bounded and p.bounds not in floor for p in recipe.passes
+    )
 
 
 def _ratio(entrant: Entrant) -> float:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planish.ir.errors import (
+    BoundError,
     ExportError,
+    NothingToDoError,
     PlanishError,
     RequirementError,
     UnsupportedError,
@@ -65,11 +67,14 @@ def failure_of(error: BaseException) -> Failure:
 def is_failure(error: BaseException) -> bool:
     """Whether an error is one of planish or of a pass, and not of the call or of the user's wish.
 
-    A ``UsageError`` of the comparison is not about the call: it says that outputs changed shape.
+    That there is nothing to do, or no way to be as near as was asked for, is an answer and no
+    failure. A ``UsageError`` of the comparison is not about the call: it says that outputs changed
+    shape.
     """
     if isinstance(error, UsageError):
         return origin(error).startswith("planish.ir.compare:")
-    return isinstance(error, Exception) and not isinstance(error, RequirementError)
+    answers = (RequirementError, NothingToDoError, BoundError)
+    return isinstance(error, Exception) and not isinstance(error, answers)
 
 
 def name_step(error: BaseException, label: str) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from planish.ir.errors import PassError, source_line
+from planish.ir.errors import MisusedPassError, NothingToDoError, source_line
 from planish.ir.ops import aten, is_op, op_name
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
@@ -85,10 +85,13 @@ class CastHalf(Pass):
         """Measure, decide, and cast operator by operator.
 
         Raises:
-            PassError: an option is out of range, or no operator can be cast.
+            MisusedPassError: an option is out of range.
+            NothingToDoError: no operator can be cast.
         """
         if self.headroom < 1:
-            raise PassError(f"headroom is {self.headroom}", hint="give a number of at least 1")
+            raise MisusedPassError(
+                f"headroom is {self.headroom}", hint="give a number of at least 1"
+            )
         self.where.check(program)
         candidates = [n for n in program.operators if _computes(n)]
         batches = context.calibration if context.calibration is not None else program.samples
@@ -97,7 +100,7 @@ class CastHalf(Pass):
         done = any(_is_half(n, _FORMATS[self.dtype]) for n in program.operators)
         if len(islands) == len(candidates) and candidates and not done:
             first = next(iter(islands.items()))
-            raise PassError(
+            raise NothingToDoError(
                 f"no operator can compute in {_NAMES[self.dtype]}: {first[1]}",
                 where=first[0],
                 hint="the others are alike; try dtype=bf16, or less headroom",

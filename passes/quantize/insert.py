@@ -155,6 +155,8 @@ class Inserter:
         if key in self._constants:
             return self._constants[key][0]
         codes = quantize_weight(value, scheme, search=self.search)
+        if codes.coarse is not None:
+            self.remarks.append(f"{source.target}: {codes.coarse}")
         codes = self._with_room(node, operands, new, value, codes)
         self._constants[key] = self._constant(source, codes), codes
         return self._constants[key][0]

@@ -7,7 +7,7 @@ Every quantized operator is ranked by the error that it alone makes at the outpu
 floating point, where k is the smallest number with which the outputs keep the bound; it is found
 by bisection, each step measured on calibration inputs that no range was taken from. Then those
 kept are tried the other way, the least of them first: what can be quantized after all, is. A bound
-that cannot be kept is said, with the best that was reached.
+that cannot be kept with anything in integers is an error that gives the best that was reached.
 
 Preconditions: ``quantize`` (or a rounding pass) ran before, in the same recipe: the weights in
 floating point are those of the program from before. Contract: lossy, as everything about
@@ -21,13 +21,13 @@ quantization by sensitivity); ranking as in ``passes.quantize.sensitivity``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import ClassVar
 
-from planish.ir.errors import PassError, RequirementError
+from planish.ir.errors import BoundError, MisusedPassError, RequirementError
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, OperatorError, Pass, PassContext, PassResult
@@ -35,11 +35,10 @@ from planish.passes.quantize.one_by_one import alone, counted
 from planish.passes.quantize.outputs import Batch, Judge, Padding, Score
 from planish.passes.quantize.ranges import AUTO, padding_input
 from planish.passes.quantize.restore import quantized_operators, restore
+from planish.passes.quantize.search import RETRIES, fewest
 from planish.passes.quantize.sensitivity import NotDerivableError, sensitivities
-from planish.passes.quantize.where import Where
+from planish.passes.quantize.where import NoSuchOperatorError, Where
 from planish.passes.spec import suggestion
-
-_RETRIES = 8  # kept operators that are tried in integers again
 
 
 def kept_in_float(program: Program, floating: Program, names: Sequence[str]) -> Program:
@@ -53,35 +52,6 @@ def kept_in_float(program: Program, floating: Program, names: Sequence[str]) -> 
     rewriter = Rewriter(program.clone(), "keep-float")
     restore(rewriter, floating, names)
     return rewriter.finish()
-
-
-def fewest(
-    order: Sequence[str], good: Callable[[Sequence[str]], bool], retries: int = _RETRIES
-) -> tuple[str, ...] | None:
-    """The shortest beginning of a list that is good enough, with what it can spare left out.
-
-    Args:
-        order: the most important first.
-        good: whether a choice is good enough; assumed to hold for longer beginnings too.
-        retries: how many members are tried without.
-
-    Returns:
-        None where not even the whole list is good enough.
-    """
-    if good(()):
-        return ()
-    if not good(order):
-        return None
-    low, high = 0, len(order)  # not good, good
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if good(order[:middle]) else (middle, high)
-    kept = tuple(order[:high])
-    for name in kept[-2 : -2 - retries : -1]:  # without the last one it was not good enough
-        fewer = tuple(n for n in kept if n != name)
-        if good(fewer):
-            kept = fewer
-    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +109,12 @@ class KeepFloat(Pass):
         """Rank, choose, restore.
 
         Raises:
-            PassError: nothing was asked for, or the weights in floating point are not known.
+            MisusedPassError: nothing was asked for, or the weights in floating point are not known.
+            BoundError: the bound cannot be kept with anything in integers.
             RequirementError: a bound needs a metric that is not there.
         """
         if not (self.bounded or self.operators):
-            raise PassError(
+            raise MisusedPassError(
                 "it has no bound to keep",
                 hint="give min_sqnr_db, min_cosine or min_metric, or name the operators",
             )
@@ -152,7 +123,7 @@ class KeepFloat(Pass):
             context.remark("nothing is quantized: there is nothing to keep in floating point")
             return PassResult(program)
         if context.float_program is None:
-            raise PassError(
+            raise MisusedPassError(
                 "the program came to it quantized, so its weights in floating point are not known",
                 hint="run it in one recipe with quantize, behind it",
             )
@@ -171,7 +142,7 @@ class KeepFloat(Pass):
         nodes = quantized_operators(program)
         for pattern in self.operators:
             if not any(Where(include=(pattern,)).takes(node) for node in nodes):
-                raise PassError(
+                raise NoSuchOperatorError(
                     f"operators holds {pattern!r}, which no quantized operator answers to",
                     hint=suggestion(pattern, [n.name for n in nodes], "operators"),
                 )
@@ -188,7 +159,7 @@ class KeepFloat(Pass):
         rewriter = Rewriter(program.clone(), self.name)
         names, _ = restore(rewriter, floating, [n.name for n in quantized_operators(program)])
         restored = rewriter.finish()
-        steps = len(ranges) + 2 + len(names).bit_length() + _RETRIES  # as many scores at most
+        steps = len(ranges) + 2 + len(names).bit_length() + RETRIES  # as many scores at most
         told = partial(counted, ranges, context.tell, steps)
         try:
             errors = sensitivities(
@@ -216,10 +187,38 @@ class KeepFloat(Pass):
             f"{len(fixed) + len(kept)} of {len(names)} quantized operators stay in floating point: "
             f"{after} on {len(held_out)} batches; all of them quantized: {before}"
         )
-        if found is None:
-            summary = f"the bound ({self.bounds}) cannot be kept; the best reached: {summary}"
+        everything = len(quantized_operators(program))
+        if found is None or len(fixed) < len(fixed) + len(kept) == everything:
+            raise self._missed(scores, everything, before, len(held_out))
         context.remark(summary)
         return (*fixed, *kept), errors
+
+    def _missed(
+        self, scores: Mapping[frozenset[str], Score], operators: int, before: Score, batches: int
+    ) -> BoundError:
+        """The error that the bound cannot be kept, with the nearest that was reached."""
+        limit = "with anything in integers"
+        if self.max_operators is not None:
+            limit = f"with at most {self.max_operators} operators in floating point"
+        tried = {kept: score for kept, score in scores.items() if len(kept) < operators} or scores
+        best = max(tried, key=lambda kept: self._nearness(tried[kept]))
+        return BoundError(
+            f"the bound ({self.bounds}) cannot be kept {limit}: the best reached "
+            f"is {tried[best]} on {batches} batches, with {len(best)} of {operators} "
+            f"quantized operators in floating point; all of them quantized: {before}",
+            hint="ask for no more than that, let more operators stay in floating point, or lower "
+            "the error first: more calibration inputs, smooth-quant, correct-bias",
+        )
+
+    def _nearness(self, score: Score) -> tuple[float, ...]:
+        """What is to be as large as possible, the first bound first."""
+        found = (score.fidelity.sqnr_db, score.fidelity.cosine, score.metric)
+        bounds = (self.min_sqnr_db, self.min_cosine, self.min_metric)
+        return tuple(
+            number
+            for bound, number in zip(bounds, found, strict=True)
+            if bound is not None and number is not None
+        )
 
     def _batches(self, context: PassContext) -> tuple[list[Batch], list[Batch]]:
         """Inputs to rank by, and inputs to decide by."""

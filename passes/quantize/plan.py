@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import Node
 
-from planish.ir.errors import PassError, source_line
+from planish.ir.errors import NothingToDoError, source_line
 from planish.ir.ops import aten, is_op
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
@@ -101,15 +101,23 @@ def make_plan(
     return plan
 
 
-def nothing(plan: Plan) -> PassError:
+def nothing(plan: Plan) -> NothingToDoError:
     """The error that nothing could be quantized, with what was looked at."""
+    if not plan.refusals and not plan.excluded:
+        return NothingToDoError(
+            "nothing was quantized: the program has no operator that computes on integers",
+            hint="linears, convolutions, matrix products, LSTMs and embeddings do; "
+            "`planish optimize` takes any model",
+        )
     reasons = list(dict.fromkeys(f"{r.node}: {r.reason}" for r in plan.refusals))
     what = f"nothing was quantized: {len(plan.refusals)} operators refused"
     if plan.excluded:
         what += f", {plan.excluded} left out by `where`"
     if reasons:
         what += " (" + "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "") + ")"
-    return PassError(what, hint="look at the refusals; widen `where`, or choose another mode")
+    return NothingToDoError(
+        what, hint="look at the refusals; widen `where`, or choose another mode"
+    )
 
 
 def _bad_weight(node: Node, operands: Operands, program: Program) -> str | None:

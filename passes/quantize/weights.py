@@ -6,10 +6,11 @@ Rewrite:
 Shapes:       W: any; s: [C] per channel, [] per tensor, the rank of W in blocks;
               b: [C]; s_x: [].
 Requires:     finite values; the integers of a bias fit into 32 bits.
-Failures:     a channel whose weights are all zero has no range of its own. It takes the largest
-              scale of the others: any scale writes its weights, but its bias would come out coarse
-              with a scale of 1. Where a bias is too large beside its weights for 32 bits, the
-              scales of these are raised.
+Failures:     weights so small that their scale would be no normal float32 take the smallest one
+              that is: they lose digits, and a remark says so. A channel whose weights are all zero
+              has no range of its own. It takes the largest scale of the others: any scale writes
+              its weights, but its bias would come out coarse with a scale of 1. Where a bias is too
+              large beside its weights for 32 bits, the scales of these are raised.
 Source:       Jacob et al., "Quantization and Training of Neural Networks for Efficient
               Integer-Arithmetic-Only Inference", CVPR 2018, section 2.4 (biases).
 """
@@ -50,6 +51,17 @@ class Codes:
         """The constant as the integers say it."""
         return self.scheme.dequantize(self.codes, self.scale, self.zero_point)
 
+    @property
+    def coarse(self) -> str | None:
+        """Says how many groups are so small that no finer step can be written for them."""
+        count = int((self.scale == SMALLEST_SCALE).sum())
+        if not count:
+            return None
+        return (
+            f"{count} of {self.scale.numel()} groups of it are too small for a step of their own: "
+            f"with {SMALLEST_SCALE:.2g}, the smallest there is, they lose digits or become zero"
+        )
+
 
 def quantize_weight(weight: Tensor, scheme: QuantScheme, *, search: bool = False) -> Codes:
     """Write a weight as integers, each group by its own range.
@@ -71,7 +83,7 @@ def _fill_dead(weight: Tensor, scheme: QuantScheme, scale: Tensor) -> Tensor:
     if scheme.granularity != "channel":
         return scale
     assert scheme.axis is not None
-    dead = weight.movedim(scheme.axis, 0).flatten(1).abs().amax(1) < SMALLEST_SCALE
+    dead = weight.movedim(scheme.axis, 0).flatten(1).abs().amax(1) == 0
     if not dead.any():
         return scale
     return torch.where(dead, _ALL_DEAD if dead.all() else scale[~dead].max(), scale)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
 
 from torch.fx import Node
 
-from planish.ir.errors import PassError
+from planish.ir.errors import MisusedPassError
 from planish.ir.ops import aten, op_name
 from planish.ir.program import Program
 from planish.passes.spec import suggestion
@@ -18,10 +17,8 @@ ATTENTION = aten.scaled_dot_product_attention.default
 DECOMPOSE = "decompose-attention"  # the rule that writes attention as products
 
 
-class NoSuchOperatorError(PassError):
+class NoSuchOperatorError(MisusedPassError):
     """A pattern matches nothing: the caller's to mend, whichever recipes might do without."""
-
-    exit_code: ClassVar[int] = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import ClassVar
 
-from planish.ir.errors import PassError
+from planish.ir.errors import MisusedPassError
 from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
@@ -110,7 +110,8 @@ class ChooseBits(Pass):
         """Measure, choose, round the chosen.
 
         Raises:
-            PassError: there is no weight, or ``mean_bits`` is below what ``low_dtype`` takes.
+            NothingToDoError: there is no weight.
+            MisusedPassError: ``mean_bits`` is below what ``low_dtype`` takes.
         """
         weights, refusals = find_weights(program, embeddings=self.embeddings, where=self.where)
         if not required(weights, refusals, self.name):
@@ -128,7 +129,7 @@ class ChooseBits(Pass):
             )
             return PassResult(program, (), tuple(refusals))
         if budget < 0:
-            raise PassError(
+            raise MisusedPassError(
                 f"mean_bits is {self.mean_bits:g}, and {self.low_dtype} in blocks of "
                 f"{self.low_block_size} takes {sum(low.values()) / numbers:.3f}",
                 hint="raise mean_bits, or low_block_size both here and in the pass behind",

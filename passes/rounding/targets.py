@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 import planish.ir.quant_ops  # noqa: F401 - registers torch.ops.planish
-from planish.ir.errors import PassError, source_line
+from planish.ir.errors import NothingToDoError, source_line
 from planish.ir.ops import aten, is_op, op_name
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
@@ -206,10 +206,10 @@ def required(weights: list[Weight], refusals: list[Refusal], pass_name: str) -> 
     """The weights, which may be none if all are quantized already.
 
     Raises:
-        PassError: there are none, so that the pass would have no effect.
+        NothingToDoError: there are none, so that the pass would have no effect.
     """
     if not weights and not any(r.reason == QUANTIZED for r in refusals):
-        raise PassError(
+        raise NothingToDoError(
             f"{pass_name} found no weight to round"
             + (f": {refusals[0].node}: {refusals[0].reason}" if refusals else ""),
             hint="weights are constants read by linears, constant matrix products or embeddings",
@@ -241,7 +241,8 @@ def write_codes(rewriter: Rewriter, weight: Weight, codes: Codes, note: str = ""
             like=first,
         )
         loss = decibels(weight.value.float(), codes.real().float())
-        rewriter.note(f"{weight.name} to {scheme}: {loss:.1f} dB" + (f"; {note}" if note else ""))
+        said = (f"{weight.name} to {scheme}: {loss:.1f} dB", note, codes.coarse)
+        rewriter.note("; ".join(filter(None, said)))
         for source in weight.sources:
             rewriter.replace(source, real)
     return True

@@ -104,9 +104,24 @@ def test_all_zeros_and_constants_have_a_scale() -> None:
     assert float(scheme.fake(torch.zeros(3)).abs().max()) == 0
     torch.testing.assert_close(scheme.fake(torch.full((3,), 7.0)), torch.full((3,), 7.0))
     torch.testing.assert_close(scheme.fake(torch.full((3,), -7.0)), torch.full((3,), -7.0))
-    scale, _ = scheme.qparams(torch.tensor(0.0), torch.tensor(1e-38))
-    assert 0 < float(scale)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("largest", [1e-45, 1e-40, 1e-38, 1e-36, 1e-31, 1e-20, 3e38])
+def test_scales_are_normal_numbers(largest: float, symmetric: bool) -> None:
+    """A processor may take anything smaller for zero, and then divide by it."""
+    scheme = QuantScheme(symmetric=symmetric)
+    scale, zero = scheme.qparams(torch.tensor(-largest / 2), torch.tensor(largest))
+    assert torch.finfo(torch.float32).tiny <= float(scale) < float("inf")
     assert float(1 / scale) < float("inf")
+    x = torch.tensor([largest, -largest / 3])
+    error = (scheme.dequantize(scheme.quantize(x, scale, zero), scale, zero) - x).abs().max()
+    assert float(error) <= 0.51 * float(scale)
+
+
+def test_tiny_numbers_are_not_zero() -> None:
+    x = torch.tensor([1e-35, -4e-36, 0.0])
+    torch.testing.assert_close(QuantScheme(narrow=True).fake(x), x, rtol=0.02, atol=0)
 
 
 def test_shapes_of_scales() -> None:

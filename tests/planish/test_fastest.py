@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import planish
+from planish import fastest
 from planish.backends import ort_race
 from planish.backends.ort_race import Speed
-from planish.ir.errors import RecipeError, RequirementError
+from planish.ir.errors import BoundError, NothingToDoError, RecipeError, RequirementError
 from planish.ir.text import text
 from planish.optimized import Optimized
 
@@ -188,11 +189,55 @@ def test_what_keeps_no_bound_is_out(costs: Callable[[Cost], list[list[Path]]]) -
         f'alternatives={{int8-static="int8-static,{floor}",int8-dynamic=int8-dynamic}},exact'
     )
     entrants = _races(result)
-    assert entrants["int8-static"]["verdict"].startswith("its outputs keep only")
-    assert "asked for: min_sqnr_db 90" in entrants["int8-static"]["verdict"]
+    said = entrants["int8-static"]["verdict"]
+    assert "the bound (min_sqnr_db 90) cannot be kept with at most 0 operators" in said
     assert entrants["int8-static"]["speed"] is None
     assert entrants["int8-dynamic"]["verdict"] == "taken"
     assert any("int8-static is out of the race" in r for r in result.report.remarks)
+
+
+def test_a_bound_that_a_later_pass_breaks_is_out(
+    costs: Callable[[Cost], list[list[Path]]],
+) -> None:
+    costs(integers_pay)
+    later = "quantize{mode=weight,weights=int4,where={include=[aten.linear]}}"
+    first = "quantize{where={include=[aten.conv2d]}},keep-float{min_sqnr_db=35}"
+    result = _optimized(f'alternatives={{worse="{first},{later}",int8-dynamic=int8-dynamic}},exact')
+    entrants = _races(result)
+    assert entrants["worse"]["verdict"].startswith("its outputs keep only")
+    assert "asked for: min_sqnr_db 35" in entrants["worse"]["verdict"]
+    assert entrants["int8-dynamic"]["verdict"] == "taken"
+
+
+def test_a_bound_that_no_alternative_keeps_is_an_error() -> None:
+    floor = "keep-float{min_sqnr_db=500}"
+    with pytest.raises(BoundError, match="no alternative keeps the bound: int8-static: ") as caught:
+        _optimized(
+            f'alternatives={{int8-static="int8-static,{floor}",'
+            f'int8-dynamic="int8-dynamic,{floor}"}},exact'
+        )
+    assert caught.value.exit_code == 3
+    assert str(caught.value).count("the best reached is ") == 2
+    assert "ask for no more" in str(caught.value.hint)
+
+
+def test_the_floor_of_int8_itself_leaves_a_float_file(
+    costs: Callable[[Cost], list[list[Path]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked for a bound, so nobody is told off: the file is in floating point, and said."""
+    costs(integers_pay)
+    monkeypatch.setattr(fastest, "FLOOR", "keep-float{min_sqnr_db=500}")
+    floor = "keep-float{min_sqnr_db=500}"
+    result = _optimized(f'alternatives={{int8-dynamic="int8-dynamic,{floor}"}},exact')
+    assert result.report.race is not None
+    assert result.report.race.taken == "float"
+    assert any(r.startswith("NOTHING IS QUANTIZED") for r in result.report.remarks)
+
+
+def test_nothing_to_quantize_is_an_error_and_no_float_file() -> None:
+    with pytest.raises(NothingToDoError, match="no alternative quantizes anything") as caught:
+        _optimized(module=nn.Sequential(nn.ReLU(), nn.Flatten()))
+    assert caught.value.exit_code == 4
 
 
 def test_one_that_fails_is_out_and_says_why(costs: Callable[[Cost], list[list[Path]]]) -> None:

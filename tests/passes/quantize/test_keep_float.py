@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import planish
 from planish.ir.capture import capture
 from planish.ir.compare import measure
-from planish.ir.errors import PassError, RecipeError, RequirementError
+from planish.ir.errors import BoundError, PassError, RecipeError, RequirementError
 from planish.ir.execute import run
 from planish.ir.program import Program
 from planish.ir.text import text
@@ -22,6 +25,7 @@ from planish.passes.calibrate import spool
 from planish.passes.pipeline import Run, run_pipeline
 from planish.passes.quantize.keep_float import KeepFloat, fewest, kept_in_float
 from planish.passes.quantize.restore import quantized_operators
+from planish.passes.quantize.where import NoSuchOperatorError
 from planish.passes.recipe import Recipe
 
 
@@ -123,12 +127,32 @@ def test_every_operator_is_reported_with_its_number() -> None:
     assert worst.to_dict()["output_db"] == worst.output_db < 25
 
 
-def test_what_cannot_be_reached_is_said_with_the_best() -> None:
-    run_, remarks = _ran("quantize,keep-float{min_sqnr_db=60,max_operators=1}")
-    assert _restored(run_) == ["linear"]
-    assert remarks[-1].startswith(
-        "keep-float: the bound (min_sqnr_db 60) cannot be kept; the best reached: 1 of"
+def test_what_cannot_be_reached_is_an_error_with_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANISH_REPRO_DIR", str(tmp_path))
+    with pytest.raises(BoundError, match=r"\(min_sqnr_db 60\) cannot be kept with at most 1") as e:
+        planish.optimize(
+            _net(),
+            recipe="quantize,keep-float{min_sqnr_db=60,max_operators=1}",
+            calibration=_batches(),
+        )
+    found = re.search(
+        r"best reached is ([\d.]+) dB.* with 1 of (\d+) .*: ([\d.]+) dB", e.value.what
     )
+    assert found is not None
+    assert 60 > float(found[1]) > float(found[3])
+    assert e.value.exit_code == 3
+    assert e.value.replay is None
+    assert not list(tmp_path.iterdir())  # an answer, and no failure of a pass
+
+
+def test_a_bound_that_leaves_nothing_in_integers_is_an_error() -> None:
+    """Everything in floating point keeps any bound, and is not what quantizing was asked for."""
+    with pytest.raises(BoundError, match=r"\(min_sqnr_db 500\) cannot be kept with anything in"):
+        _ran("quantize,keep-float{min_sqnr_db=500}")
+    with pytest.raises(BoundError, match=r"\(min_cosine 1\) cannot be kept with anything in"):
+        _ran("quantize,keep-float{operators=[linear],min_cosine=1}")
 
 
 def test_a_bound_that_holds_anyway_restores_nothing() -> None:
@@ -167,14 +191,16 @@ def test_the_users_metric_decides(better: bool) -> None:
         calls.append((outputs, reference))
         return 1.0 - float((outputs - reference).norm() / reference.norm()) if better else 0.5
 
-    run_, remarks = _ran("quantize,keep-float{min_metric=0.95}", metric=metric)
+    recipe = "quantize,keep-float{min_metric=0.95}"
+    if not better:
+        with pytest.raises(BoundError, match=r"the best reached is .*, metric 0.5 on 2 batches"):
+            _ran(recipe, metric=metric)
+        return
+    run_, remarks = _ran(recipe, metric=metric)
     outputs, reference = calls[0]
     assert outputs.shape == reference.shape == (2, 24, 5)
-    if better:
-        assert _restored(run_) == ["linear"]
-        assert "metric 0.9" in remarks[-1]
-    else:
-        assert "cannot be kept" in remarks[-1]
+    assert _restored(run_) == ["linear"]
+    assert "metric 0.9" in remarks[-1]
 
 
 def test_refusals() -> None:
@@ -184,7 +210,9 @@ def test_refusals() -> None:
         _ran("quantize{mode=dynamic},keep-float{min_sqnr_db=9}", calibration=None)
     with pytest.raises(RequirementError, match="min_metric needs a metric"):
         _ran("quantize,keep-float{min_metric=0.9}")
-    with pytest.raises(PassError, match="'lineer', which no quantized operator") as caught:
+    with pytest.raises(
+        NoSuchOperatorError, match="'lineer', which no quantized operator"
+    ) as caught:
         _ran("quantize,keep-float{operators=[lineer]}")
     assert "linear" in str(caught.value.hint)
     with pytest.raises(RecipeError, match="0 batches measure nothing"):

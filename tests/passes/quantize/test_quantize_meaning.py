@@ -1,6 +1,7 @@
 """What ``quantize`` makes of numbers: known answers, and errors that behave."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
 from planish.passes.base import PassContext
 from planish.passes.calibrate import spool
+from planish.passes.pipeline import run_pipeline
 from planish.passes.quantize.quantize import Quantize
 from planish.passes.quantize.weights import (
     INT32,
@@ -26,6 +28,7 @@ from planish.passes.quantize.weights import (
     room_for_bias,
     weight_scheme,
 )
+from planish.passes.recipe import Recipe
 from tests.passes.quantize.nets import (
     calibrated,
     captured,
@@ -313,3 +316,27 @@ def test_relu6_leaves_a_range_that_needs_no_clamp() -> None:
     assert isinstance(zero, Tensor)
     assert float(scale) * 255 <= 6 * (1 + 1e-6)
     assert int(zero) == 0
+
+
+@pytest.mark.parametrize("mode", ["static", "weight"])
+def test_tiny_weights_are_written_and_what_is_below_any_step_is_said(mode: Any) -> None:
+    """1e-35 is written like any other weight; a denormal has no step, and a remark says so."""
+    program = _scaled(1e-35, 1e-40)
+    remarks: list[str] = []
+    context = replace(calibrated(program), remark=remarks.append)
+    found = run_pipeline(program, Recipe(passes=(Quantize(mode=mode),)), context).program
+    (codes,) = [v for v in found.constants.values() if v.dtype == torch.int8 and v.dim() == 2]
+    (scale,) = [v for n, v in found.constants.items() if n.endswith("weight_scale")]
+    assert codes[:2].abs().amax(1).tolist() == [127, 127]
+    assert codes[2].abs().max() == 0
+    assert (scale >= torch.finfo(torch.float32).tiny).all()
+    assert [r for r in remarks if "1 of 3 groups of it are too small for a step" in r]
+
+
+def _scaled(second: float, third: float) -> Program:
+    """A linear layer without a bias whose rows are of these magnitudes."""
+    layer = nn.Linear(4, 3, bias=False)
+    with torch.no_grad():
+        layer.weight[1] *= second
+        layer.weight[2] *= third
+    return capture(layer.eval(), (torch.randn(5, 4),))

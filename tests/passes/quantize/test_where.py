@@ -1,9 +1,12 @@
 """``Where``: patterns of names, operators and module paths."""
 
+from pathlib import Path
+
 import pytest
 from torch import Tensor, nn
 from torch.fx import Node
 
+import planish
 from planish.ir.capture import capture
 from planish.ir.errors import PassError
 from planish.ir.program import Program
@@ -65,3 +68,23 @@ def test_a_pattern_without_a_match_names_the_nearest() -> None:
     assert error.value.hint == "did you mean 'head'?"
     with pytest.raises(PassError, match=r"where.exclude holds 'blocks.7.\*'"):
         Where(exclude=("blocks.7.*",)).check(program())
+
+
+@pytest.mark.parametrize("pattern", ["haed", "[a", "head.(", "*.weight.*"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "quantize{mode=dynamic,where={include=[PATTERN]}}",
+        "hqq{where={exclude=[PATTERN]}}",
+        "quantize{mode=dynamic},keep-float{operators=[PATTERN]}",
+    ],
+)
+def test_a_wrong_pattern_is_a_call_to_mend_and_leaves_no_bundle(
+    recipe: str, pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANISH_REPRO_DIR", str(tmp_path))
+    with pytest.raises(PassError, match="operator answers to") as caught:
+        planish.optimize(program(), recipe=recipe.replace("PATTERN", f'"{pattern}"'))
+    assert caught.value.exit_code == 2
+    assert caught.value.replay is None
+    assert not list(tmp_path.iterdir())
