@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 
-from planish.ir.errors import PlanishError, UsageError
+from planish.ir.errors import UsageError
 from planish.ir.program import Program
-from planish.ir.tensortype import dim_text, dtype_name
 from planish.passes.base import Contract, Fact
+from planish.passes.calibrate_reading import batches, flat
 from planish.passes.recipe import Recipe
 
 IN_MEMORY_BYTES = 64 << 20
@@ -29,7 +28,7 @@ LIMIT_BYTES = 2 << 30
 _EVERY = 5  # of the batches, where some are held out
 _FEWEST_TO_SPLIT = 4
 
-UNUSED = "calibration was given, but no pass of the recipe is calibrated or lossy: it was not read"
+UNUSED = "calibration was given, but no pass of the recipe has a use for it: it was not read"
 
 
 def needs_calibration(recipe: Recipe) -> bool:
@@ -64,8 +63,8 @@ def spool(
     """
     held = Spool(program, in_memory_bytes)
     try:
-        for number, batch in enumerate(_batches(calibration)):
-            inputs = _flat(batch, program, number)
+        for number, batch in enumerate(batches(calibration)):
+            inputs = flat(batch, program, number)
             size = sum(v.numel() * v.element_size() for v in inputs if isinstance(v, Tensor))
             if len(held) and held.bytes + size > limit_bytes:
                 remark(
@@ -230,169 +229,3 @@ def _read(path: Path, plain: Mapping[int, Any]) -> tuple[Any, ...]:
     tensors = load_file(path)
     count = len(tensors) + len(plain)
     return tuple(plain[i] if i in plain else tensors[str(i)] for i in range(count))
-
-
-# -- reading --------------------------------------------------------------------------------------
-
-
-def _batches(calibration: Iterable[Any]) -> Iterator[Any]:
-    """The caller's batches, with errors that say what went wrong on the caller's side."""
-    if isinstance(calibration, (Mapping, Tensor, str, bytes)):
-        kind = "dict of inputs" if isinstance(calibration, Mapping) else type(calibration).__name__
-        raise UsageError(
-            f"calibration is one {kind}, not an iterable of inputs",
-            hint="put it into a list: calibration=[inputs]",
-        )
-    try:
-        iterator = iter(calibration)
-    except TypeError:
-        raise UsageError(
-            f"calibration is a {type(calibration).__name__}, which cannot be iterated",
-            hint="pass a list, a generator or a DataLoader of inputs",
-        ) from None
-    count = 0
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:  # the caller's own code, which may raise anything
-            raise UsageError(
-                f"calibration failed after {count} batches: {type(error).__name__}: {error}"
-            ) from error
-        yield batch
-        count += 1
-
-
-def _flat(batch: object, program: Program, number: int) -> tuple[Any, ...]:
-    """One batch as flat inputs on the CPU."""
-    where = f"calibration batch {number}"
-    if isinstance(batch, Mapping):
-        args: tuple[Any, ...] = ()
-        kwargs = dict(batch)
-    elif isinstance(batch, (tuple, list)):
-        args, kwargs = tuple(batch), {}
-    elif isinstance(batch, Tensor):
-        args, kwargs = (batch,), {}
-    else:
-        raise UsageError(
-            f"a {type(batch).__name__} is no input",
-            where=where,
-            hint="give tensors: a dict is keyword arguments, a tuple or list positional ones",
-        )
-    _refuse_labels(args, kwargs, program, where)
-    try:
-        inputs = program.signature.flatten(args, kwargs)
-    except PlanishError as error:
-        raise UsageError(error.what, where=where, hint=error.hint) from error
-    _check_inputs(inputs, program, where)
-    return tuple(v.detach().cpu() if isinstance(v, Tensor) else v for v in inputs)
-
-
-def _refuse_labels(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program, where: str
-) -> None:
-    """Name the usual mistake: a loader of (input, label) pairs."""
-    signature = program.signature
-    taken = signature.parameters or signature.input_names
-    names = ", ".join(taken)
-    if len(args) > len(taken):
-        raise UsageError(
-            f"it holds {len(args)} inputs where the model takes {len(taken)} ({names}); "
-            "the last looks like a label",
-            where=where,
-            hint="give inputs only: calibration=(batch[0] for batch in loader)",
-        )
-    stray = [name for name in kwargs if name not in taken and name not in signature.defaults]
-    if stray:
-        raise UsageError(
-            f"it holds {stray[0]!r}, which the model does not take ({names})",
-            where=where,
-            hint="name inputs as the model does, and give inputs only, without labels",
-        )
-    # Tokenizers give more than a model needs; a value equal to the default is let pass later.
-    optional = [
-        name
-        for name, value in kwargs.items()
-        if name not in taken and isinstance(value, Tensor) and signature.defaults[name] is None
-    ]
-    if optional:
-        raise UsageError(
-            f"it holds {optional[0]!r}, which the model was captured without ({names})",
-            where=where,
-            hint="leave it out of the data, or capture with example inputs that hold it",
-        )
-
-
-def _check_inputs(inputs: tuple[Any, ...], program: Program, where: str) -> None:
-    """Hold a batch against the types of the program's inputs.
-
-    Raises:
-        UsageError: a dtype, a rank or a size is not legal; names the input.
-    """
-    sizes: dict[sympy.Symbol, int] = {}
-    derived: list[tuple[str, sympy.Expr, int]] = []
-    for node, name, value in zip(
-        program.placeholders, program.signature.tensor_names, inputs, strict=True
-    ):
-        declared = node.meta.get("val")
-        if not isinstance(declared, Tensor):
-            continue
-        if not isinstance(value, Tensor):
-            raise UsageError(
-                f"input {name!r} is a {type(value).__name__}, not a tensor", where=where
-            )
-        if value.dtype != declared.dtype:
-            wanted = dtype_name(declared.dtype)
-            raise UsageError(
-                f"input {name!r} is {dtype_name(value.dtype)}; the model takes {wanted}",
-                where=where,
-                hint=f"convert it: {name}.to({declared.dtype})",
-            )
-        shape = _shape_text(declared, program)
-        if value.dim() != declared.dim():
-            raise _illegal(name, value, shape, where)
-        # Torch types sizes as ints, which symbolic ones are not.
-        dims: tuple[Any, ...] = tuple(declared.shape)
-        for dim, size in zip(dims, value.shape, strict=True):
-            expr = dim.node.expr if isinstance(dim, SymInt) else sympy.Integer(dim)
-            if expr.is_Symbol:
-                known = sizes.setdefault(expr, size)
-                if known != size or not _in_range(program, expr, size):
-                    raise _illegal(name, value, shape, where)
-            elif expr.is_Integer:
-                if int(expr) != size:
-                    raise _illegal(name, value, shape, where)
-            else:
-                derived.append((name, expr, size))
-    for name, expr, size in derived:
-        at = expr.subs(sizes)
-        if at.is_Integer and int(at) != size:
-            raise UsageError(
-                f"input {name!r} has a size of {size}; the other inputs ask for {at}", where=where
-            )
-
-
-def _in_range(program: Program, symbol: sympy.Symbol, size: int) -> bool:
-    low, high = program.signature.ranges.get(str(symbol), (0, None))
-    return low <= size and (high is None or size <= high)
-
-
-def _shape_text(declared: Tensor, program: Program) -> str:
-    symbols, ranges = program.signature.symbols, program.signature.ranges
-    parts = []
-    for dim in declared.shape:
-        part = str(dim_text(dim, symbols))
-        if isinstance(dim, SymInt) and str(dim.node.expr) in ranges:
-            low, high = ranges[str(dim.node.expr)]
-            part += f" ({low} to {high if high is not None else 'any'})"
-        parts.append(part)
-    return "[" + ", ".join(parts) + "]"
-
-
-def _illegal(name: str, value: Tensor, shape: str, where: str) -> UsageError:
-    return UsageError(
-        f"input {name!r} has shape {list(value.shape)}; the model takes {shape}",
-        where=where,
-        hint="give batches of legal sizes, or declare the dimension in dynamic_shapes",
-    )

@@ -23,6 +23,7 @@ from planish.ir.errors import UsageError
 _SUFFIXES = (".npz", ".safetensors")
 _POSITIONAL = re.compile(r"arr_(\d+)")
 
+_WRITE = "write it with np.savez(path, name_of_input=array, ...); no Python objects"
 FORMS = (
     "--calibration FILE.npz (one array for each input, samples along the first axis), a folder "
     "of *.npz or *.safetensors files with one batch each, or package.module:callable"
@@ -93,7 +94,7 @@ class _Folder:
 
     def __iter__(self) -> Iterator[Any]:
         for path in self._files:
-            yield _inputs(_arrays(path))
+            yield _inputs(_arrays(path), path)
 
 
 def _called(spec: str) -> Iterable[Any]:
@@ -114,26 +115,9 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: it is damaged, holds Python objects, or no array.
     """
-    import numpy as np
-
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-        else:
-            with np.load(path, allow_pickle=False) as loaded:
-                found = {name: torch.from_numpy(loaded[name]) for name in loaded.files}
-    except Exception as error:  # zipfile, numpy and safetensors each raise their own
-        raise UsageError(
-            f"{str(path)!r} cannot be read: {error}",
-            hint="write it with np.savez(path, name_of_input=array, ...); no Python objects",
-        ) from error
+    found = _safetensors(path) if path.suffix == ".safetensors" else _npz(path)
     if not found:
-        raise UsageError(
-            f"{str(path)!r} holds no array",
-            hint="write it with np.savez(path, name_of_input=array, ...)",
-        )
+        raise UsageError(f"{str(path)!r} holds no array", hint=_WRITE)
     for name, value in found.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise UsageError(
@@ -144,13 +128,68 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _inputs(arrays: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - keyword or positional inputs
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"{str(path)!r} cannot be read: {error}", hint="is it whole? write it again"
+        ) from error
+
+
+def _npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of a file of numpy's; nothing in it is ever unpickled."""
+    import numpy as np
+
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except Exception as error:  # zipfile, numpy and the system each raise their own
+        what = "it is no file of arrays" if "pickle" in str(error) else str(error)
+        raise UsageError(f"{str(path)!r} cannot be read: {what}", hint=_WRITE) from error
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise UsageError(f"{str(path)!r} holds one array without a name", hint=_WRITE)
+    found: dict[str, Tensor] = {}
+    with loaded:
+        for name in loaded.files:
+            try:
+                value = loaded[name]
+                found[name] = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+            except Exception as error:  # zlib, zipfile, numpy and torch each raise their own
+                what = str(error)
+                if "Object arrays" in what:
+                    what = "it holds Python objects, which are pickled and never read"
+                raise UsageError(
+                    f"{name!r} in {str(path)!r} cannot be read: {what}",
+                    hint="give arrays of numbers, all rows of one length; is the file whole?",
+                ) from error
+    return found
+
+
+class _Named(dict[str, Any]):
+    """Keyword arguments that know the file they come from."""
+
+    origin: str
+
+
+class _Listed(tuple[Any, ...]):
+    """Positional arguments that know the file they come from."""
+
+    origin: str
+
+
+def _inputs(arrays: Mapping[str, Tensor], path: Path) -> _Named | _Listed:
     """Arrays as one call's inputs: by name, or in order where they have none."""
     places = [_POSITIONAL.fullmatch(name) for name in arrays]
     if all(places):
         order = sorted(arrays, key=lambda name: int(name.removeprefix("arr_")))
-        return tuple(arrays[name] for name in order)
-    return dict(arrays)
+        found: _Named | _Listed = _Listed(arrays[name] for name in order)
+    else:
+        found = _Named(arrays)
+    found.origin = str(path)
+    return found
 
 
 def _cut(
@@ -177,6 +216,6 @@ def _cut(
     total = next(iter(counts.values()))
     left = total % batch if whole and total >= batch else 0
     return [
-        _inputs({name: value[start : start + batch] for name, value in arrays.items()})
+        _inputs({name: value[start : start + batch] for name, value in arrays.items()}, path)
         for start in range(0, total - left, batch)
     ], left

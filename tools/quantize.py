@@ -219,7 +219,7 @@ def _recipe(
     if calibration is None and (asks or chosen.alternatives):
         raise UsageError(
             f"the recipe {text!r} needs calibration data"
-            + (f": {', '.join(dict.fromkeys(asks))} reads it" if asks else ""),
+            + (f", for {' and '.join(dict.fromkeys(asks))}" if asks else ""),
             hint=f"give {FORMS}; int8-weight and int4-weight need none",
         )
     return chosen

@@ -171,6 +171,8 @@ def _refused(planish_: Call, *arguments: object, model: str = "dynamic") -> str:
 def test_no_calibration_says_what_to_pass(planish_: Call, tmp_path: Path, recipe: str) -> None:
     err = _refused(planish_, "-o", tmp_path / "model.onnx", "--recipe", recipe)
     assert f"the recipe '{recipe}' needs calibration data" in err
+    if recipe == "int8-static":
+        assert "needs calibration data, for smooth-quant and quantize and correct-bias\n" in err
     assert "give --calibration FILE.npz (one array for each input" in err
     assert not list(tmp_path.iterdir())
 
@@ -186,6 +188,43 @@ def test_labels_in_the_data(planish_: Call, tmp_path: Path) -> None:
     err = _refused(planish_, "--calibration", path, "-o", tmp_path / "model.onnx")
     assert "it holds 'label', which the model does not take (image)" in err
     assert "without labels" in err
+
+
+def _tall() -> dict[str, np.ndarray]:
+    return {"image": np.zeros((20, 3, 8, 8, 1), np.float32)}
+
+
+def _double() -> dict[str, np.ndarray]:
+    return {"image": _images().astype(np.float64)}
+
+
+def _other() -> dict[str, np.ndarray]:
+    return {"pixels": _images()}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_tall, "input 'image' has shape [2, 3, 8, 8, 1]; the model takes"),
+        (_double, "input 'image' is f64; the model takes f32"),
+        (_other, "it holds 'pixels', which the model does not take (image)"),
+    ],
+)
+@pytest.mark.parametrize("folder", [False, True])
+def test_arrays_that_the_model_does_not_take(
+    planish_: Call, tmp_path: Path, make: Any, reason: str, folder: bool
+) -> None:
+    """The file, the array, and what the model takes instead."""
+    arrays = {n: a[:2] if folder else a for n, a in make().items()}
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "000.npz"
+    np.savez(path, **arrays)
+    data = path.parent if folder else path
+    err = _refused(planish_, "--calibration", data, "-o", tmp_path / "model.onnx")
+    shown = " ".join(err.split())
+    assert reason in shown
+    assert f"at: calibration batch 0 ({path})" in shown
+    assert "the model takes image: f32 [batch (0 to 64), 3, 8, 8]" in shown
 
 
 def test_a_number_of_operators_without_a_bound(planish_: Call, tmp_path: Path) -> None:
@@ -260,6 +299,31 @@ def _pickled(path: Path) -> None:
     np.savez(path, image=np.array([{"a": 1}], dtype=object))
 
 
+def _pickle(path: Path) -> None:
+    path.write_bytes(b"\x80\x04}\x94.")  # of an empty dict
+
+
+def _cut_off(path: Path) -> None:
+    np.savez(path, image=_images())
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flipped(path: Path) -> None:
+    np.savez(path, image=_images())
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+def _texts(path: Path) -> None:
+    np.savez(path, image=np.array(["a photo", "another"]))
+
+
+def _nameless(path: Path) -> None:
+    with path.open("wb") as stream:
+        np.save(stream, _images())
+
+
 def _damaged(path: Path) -> None:
     path.write_bytes(b"not a zip file")
 
@@ -282,8 +346,13 @@ def _not_finite(path: Path) -> None:
     ("make", "reason"),
     [
         (_wrong, "different numbers of samples: image .*, ids"),
-        (_pickled, "cannot be read"),
-        (_damaged, "cannot be read"),
+        (_pickled, r"'image' in '.*data.npz' cannot be read: it holds Python objects"),
+        (_pickle, r"data.npz' cannot be read: it is no file of arrays"),
+        (_damaged, r"data.npz' cannot be read"),
+        (_cut_off, r"data.npz' cannot be read"),
+        (_flipped, r"'image' in '.*data.npz' cannot be read: .*CRC"),
+        (_texts, r"'image' in '.*data.npz' cannot be read: .*numpy.str_"),
+        (_nameless, "holds one array without a name"),
         (_empty, "holds no array"),
         (_no_samples, r"holds no samples: image \[0, 3, 8, 8\]"),
         (_not_finite, "'image' in .* holds NaN or infinity"),
