@@ -45,7 +45,8 @@ class PassContext:
         held_out: calibration inputs that ``calibration`` does not have, to judge a result on; None
             where there are too few batches, or no pass asks for them.
         metric: ``metric(outputs, reference)``, higher is better, or None; both are what the model
-            returns for one batch, ``reference`` in floating point.
+            returns for one batch, ``reference`` in floating point. Where ``labeled`` is given, it
+            is ``metric(model, labeled)`` instead, with a callable of the model's signature.
         float_program: gives a private clone of the latest program of the run in which nothing was
             quantized; None where there was no such program.
         labeled: a re-iterable of labeled batches, or None.

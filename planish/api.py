@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from planish.ir.cost import cost
 from planish.ir.errors import CaptureError, UsageError
 from planish.ir.program import Program
 from planish.optimized import Optimized
-from planish.passes.base import Fact, Pass, PassContext
+from planish.passes.base import Contract, Fact, Pass, PassContext
 from planish.passes.recipe import Recipe, resolve
 from planish.passes.steps import Run
 from planish.report import PassEntry, Report
@@ -67,9 +67,12 @@ def optimize(
             pass takes ranges from it, and fidelity is measured on it.
         dynamic_shapes: as ``torch.export.export`` takes it.
         loss: ``loss(outputs, batch)``, for passes that need gradients.
-        labeled: batches for ``loss``.
+        labeled: batches with labels, for ``loss`` and ``metric``; a list or a loader, since it is
+            read more than once.
         metric: ``metric(outputs, reference)``, higher is better, for ``keep-float{min_metric=..}``:
-            both are what the model returns for one batch, ``reference`` in floating point.
+            both are what the model returns for one batch, ``reference`` in floating point. With
+            ``labeled`` it is called as ``metric(model, labeled)``, once for each program that is
+            judged; the model takes inputs and returns outputs as the original one does.
         padding_mask: name of the input that is 0 where there is padding. Padding then counts
             neither in ranges nor in errors. None: an input called ``attention_mask``, if any.
         verify: check invariants and compare outputs after each pass, at the end, or never.
@@ -176,14 +179,15 @@ def _overruled(recipe: Recipe, target: str, seed: int) -> list[str]:
 def _unused(recipe: Recipe, loss: object, labeled: object, metric: object) -> list[str]:
     """Remarks on arguments that no pass looks at."""
     passes = [pass_ for one in _all_recipes(recipe) for pass_ in one.passes]
+    judged = any(pass_.holds_out or pass_.contract is Contract.LOSSY for pass_ in passes)
     wanted = frozenset().union(*(pass_.needs() for pass_ in passes))
     given = [
-        (name, fact in wanted)
+        (name, fact in wanted or (name == "labeled" and metric is not None and judged))
         for name, value, fact in (("loss", loss, Fact.LOSS), ("labeled", labeled, Fact.LABELS))
         if value is not None
     ]
     if metric is not None:
-        given.append(("metric", any(pass_.holds_out for pass_ in passes)))
+        given.append(("metric", judged))
     return [
         f"{name} was given, but no pass of the recipe asks for it"
         for name, used in given
@@ -220,7 +224,14 @@ def _check_call(
     if loss is not None and not callable(loss):
         raise UsageError(f"loss is a {type(loss).__name__}", hint="give loss(outputs, batch)")
     if labeled is not None and not isinstance(labeled, Iterable):
-        raise UsageError(f"labeled is a {type(labeled).__name__}", hint="give batches for loss")
+        raise UsageError(
+            f"labeled is a {type(labeled).__name__}", hint="give batches for loss or metric"
+        )
+    if isinstance(labeled, Iterator):
+        raise UsageError(
+            f"labeled is a {type(labeled).__name__}, which can be read only once",
+            hint="give a list or a loader: every program that is judged reads it",
+        )
     watchers = instruments if isinstance(instruments, (list, tuple)) else [instruments]
     for watcher in watchers:
         if not isinstance(watcher, Instrument) or watchers is not instruments:

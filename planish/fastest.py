@@ -204,7 +204,8 @@ class Fastest:
                     hint="pass calibration=... : an iterable of inputs that look like real ones",
                 )
             held = list(islice(batches, JUDGED))
-            self._judge = Judge(self.program, held, self.padding, self.context.metric)
+            own = (self.context.metric, self.context.labeled)
+            self._judge = Judge(self.program, held, self.padding, *own)
         return self._judge.score(program)
 
     def _exported(self, program: Program, *, verify: bool) -> Artifact:

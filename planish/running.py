@@ -145,7 +145,7 @@ class Runner:
         if not lossy or self.context.held_out is None:
             return None
         batches = list(islice(self.context.held_out, JUDGED))
-        judge = Judge(self.program, batches, padding, self.context.metric)
+        judge = Judge(self.program, batches, padding, self.context.metric, self.context.labeled)
         return HeldOut(judge.score(finished.program), len(batches))
 
 

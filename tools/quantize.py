@@ -64,7 +64,13 @@ if TYPE_CHECKING:
 @click.option(
     "--metric",
     metavar="MODULE:CALLABLE",
-    help="metric(outputs, reference) -> number, higher is better; with --min-metric.",
+    help="metric(outputs, reference) -> number, higher is better; with --min-metric. With "
+    "--labeled it is called as metric(model, labeled).",
+)
+@click.option(
+    "--labeled",
+    metavar="MODULE:CALLABLE",
+    help="Returns a list or a loader of whatever --metric reads: batches with labels.",
 )
 @click.option("--min-metric", type=float, metavar="M", help="Keep the mean of the metric.")
 @click.option(
@@ -100,6 +106,7 @@ def quantize(
     min_sqnr_db: float | None,
     min_cosine: float | None,
     metric: str | None,
+    labeled: str | None,
     min_metric: float | None,
     max_float: int | None,
     batch: int | None,
@@ -134,6 +141,7 @@ def quantize(
     if report is not None:
         check_report_path(str(report))
     bounds = Bounds(min_sqnr_db, min_cosine, min_metric, max_float)
+    _check_metric(metric, labeled, min_metric)
     chosen = _recipe(recipe, include, exclude, bounds, calibration)
     target = check_target(target or chosen.target or "onnxruntime-cpu", opset)
     extra: dict[str, Any] = {"padding_mask": padding_mask}
@@ -144,6 +152,8 @@ def quantize(
         loaded = load_model(model)
         if metric is not None:
             extra["metric"] = import_callable(metric)
+        if labeled is not None:
+            extra["labeled"] = import_callable(labeled)()
         extra["calibration"] = data = _data(calibration, loaded, batch, remarks)
         result = optimize_loaded(
             loaded,
@@ -162,6 +172,22 @@ def quantize(
         first = data.first if data is not None else None
         found = measured(result, original.program, out, first, remarks)
     _tell(result.report, found, remarks, out, report, as_json=as_json)
+
+
+def _check_metric(metric: str | None, labeled: str | None, min_metric: float | None) -> None:
+    """Refuse options that do nothing without each other.
+
+    Raises:
+        UsageError: says what is missing.
+    """
+    from planish.ir.errors import UsageError
+
+    if min_metric is not None and metric is None:
+        raise UsageError("--min-metric without --metric", hint="add --metric MODULE:CALLABLE")
+    if labeled is not None and metric is None:
+        raise UsageError(
+            "--labeled without --metric, which reads it", hint="add --metric MODULE:CALLABLE"
+        )
 
 
 def _tell(

@@ -167,7 +167,7 @@ class KeepFloat(Pass):
             )
         except NotDerivableError:
             errors = alone(restored, program, names, told(), padding=padding)
-        judge = Judge(floating, held_out, padding, context.metric)
+        judge = Judge(floating, held_out, padding, context.metric, context.labeled)
         scores: dict[frozenset[str], Score] = {}
 
         def score(kept: Sequence[str]) -> Score:

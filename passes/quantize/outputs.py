@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,8 @@ class Score:
 
     Attributes:
         fidelity: over all batches together; of several outputs, the worst of each metric.
-        metric: mean over the batches of the user's own metric; None where there is none.
+        metric: mean over the batches of the user's own metric, or what it gives for all batches
+            with labels; None where there is none.
     """
 
     fidelity: Fidelity
@@ -106,6 +107,8 @@ class Judge:
         batches: flat inputs; run once through the reference, whose outputs are kept.
         padding: what does not count.
         metric: ``metric(outputs, reference)`` on the model's own output structure.
+        labeled: batches with labels; then the metric is ``metric(model, labeled)``, called once for
+            a program, which the model runs.
     """
 
     def __init__(
@@ -114,11 +117,13 @@ class Judge:
         batches: Sequence[Batch],
         padding: Padding,
         metric: Callable[[Any, Any], float] | None = None,
+        labeled: Iterable[Any] | None = None,
     ):
         self.signature = reference.signature
         self.batches = batches
         self.padding = padding
         self.metric = metric
+        self.labeled = labeled
         self.answers = [run(reference, inputs) for inputs in batches]
 
     def score(self, program: Program) -> Score:
@@ -134,22 +139,26 @@ class Judge:
             masked = (self.padding.apply(inputs, answer), self.padding.apply(inputs, outputs))
             for part, b, a in zip(parts, *masked, strict=False):
                 part.add(b, a)
-            if self.metric is not None:
-                metrics.append(self._metric(outputs, answer))
+            if self.metric is not None and self.labeled is None:
+                unflatten = self.signature.unflatten
+                metrics.append(self._metric(unflatten(outputs), unflatten(answer)))
+        if self.metric is not None and self.labeled is not None:
+            metrics.append(self._metric(program, self.labeled))
         fidelity = worst([part.fidelity() for part in parts[: len(self.answers[0])]])
         assert fidelity is not None  # capture refuses programs without outputs
         return Score(fidelity, sum(metrics) / len(metrics) if metrics else None)
 
-    def _metric(self, outputs: tuple[Any, ...], answer: tuple[Any, ...]) -> float:
+    def _metric(self, one: object, other: object) -> float:
         assert self.metric is not None
-        both = (self.signature.unflatten(outputs), self.signature.unflatten(answer))
         try:
             with torch.no_grad():
-                value = float(self.metric(*both))
+                value = float(self.metric(one, other))
         except Exception as error:  # the user's own code
             raise UsageError(
                 f"the metric failed: {type(error).__name__}: {error}",
-                hint="it is called as metric(outputs, reference), both as the model returns them",
+                hint="it is called as metric(outputs, reference), both as the model returns them"
+                if self.labeled is None
+                else "with labeled data it is called as metric(model, labeled)",
             ) from error
         if not math.isfinite(value):
             raise UsageError(f"the metric returned {value}", hint="return a finite number")

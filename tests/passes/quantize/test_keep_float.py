@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import planish
 from planish.ir.capture import capture
 from planish.ir.compare import measure
-from planish.ir.errors import BoundError, PassError, RecipeError, RequirementError
+from planish.ir.errors import BoundError, PassError, RecipeError, RequirementError, UsageError
 from planish.ir.execute import run
 from planish.ir.program import Program
 from planish.ir.text import text
@@ -280,3 +280,27 @@ def test_trials_leave_the_program_alone() -> None:
     trial = kept_in_float(run_.program, run_.original, ["linear"])
     assert text(run_.program, values=True) == shown
     assert len(quantized_operators(trial)) == len(quantized_operators(run_.program)) - 1
+
+
+def test_a_metric_may_read_labels() -> None:
+    """It gets the program itself, which runs on whatever the labeled batches hold."""
+    labeled = [(x, run(_net(), (x,))[0].argmax(-1)) for x in _batches(4)]
+    seen: list[object] = []
+
+    def agreement(model: Any, batches: Any) -> float:
+        seen.append(batches)
+        right = [model(x).argmax(-1) == label for x, label in batches]
+        return float(torch.stack(right).float().mean())
+
+    recipe = "quantize{weights=int4},keep-float{min_metric=0.99}"
+    run_, remarks = _ran(recipe, metric=agreement, labeled=labeled)
+    assert all(batches is labeled for batches in seen)
+    assert _restored(run_)
+    assert agreement(run_.program, labeled) >= 0.99
+    assert ", metric 0.99" in remarks[-1] or ", metric 1 " in remarks[-1]
+    with pytest.raises(Exception, match=r"it is called as metric\(model, labeled\)"):
+        _ran(recipe, metric=lambda model, batches: 1 / 0, labeled=labeled)
+    with pytest.raises(UsageError, match="can be read only once"):
+        planish.optimize(
+            _net(), recipe=recipe, calibration=_batches(), metric=agreement, labeled=iter(labeled)
+        )
