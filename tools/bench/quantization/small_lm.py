@@ -6,7 +6,7 @@ Its weights lie on no grid, unlike those of SmolLM2, whose file holds 4-bit code
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from planish.tools.bench.fetch import locate
 
 LENGTH = 64
 WIDTH, HEADS, LAYERS = 128, 4, 3
-_BATCH = 16
+_BATCH, _RATE = 8, 2e-3
 
 
 class Block(nn.Module):
@@ -27,6 +27,13 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def start(self) -> None:
+        """Small random weights, smaller where the block adds to the stream; no biases."""
+        for linear in (self.q, self.k, self.v, self.o, self.up, self.down):
+            ends = linear is self.o or linear is self.down
+            nn.init.normal_(linear.weight, std=0.06 / math.sqrt(2 * LAYERS if ends else 1))
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, WIDTH] to the same."""
@@ -47,11 +54,14 @@ class ByteLM(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(256, WIDTH)
         self.places = nn.Embedding(LENGTH, WIDTH)
-        self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
+        blocks = [Block() for _ in range(LAYERS)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, 256, bias=False)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.places.weight, std=0.02)
+        for block in blocks:
+            block.start()
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -76,19 +86,21 @@ def windows(source: Tensor, count: int, seed: int) -> Tensor:
     return source[starts + torch.arange(LENGTH + 1)]
 
 
-def train(seconds: float) -> tuple[ByteLM, int]:
-    """Train for about this long on the threads that torch has; the model and the steps made."""
+def train(steps: int, told: Callable[[int, float], None] = lambda step, loss: None) -> ByteLM:
+    """Train from scratch, the same way every time; ``told`` of (step, loss) now and then."""
     torch.manual_seed(0)
     model, source = ByteLM(), text()[0]
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.01)
-    start, step = time.monotonic(), 0
-    while (share := (time.monotonic() - start) / seconds) < 1:
+    optimizer = torch.optim.AdamW(model.parameters(), _RATE, betas=(0.9, 0.98), weight_decay=0.1)
+    for step in range(steps):
+        falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * share))
+            group["lr"] = _RATE * min(1.0, (step + 1) / 50) * falling
         batch = windows(source, _BATCH, step)
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step += 1
-    return model.eval(), step
+        if (step + 1) % 200 == 0:
+            told(step + 1, loss.item())
+    return model.eval()
