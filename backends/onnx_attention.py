@@ -16,7 +16,7 @@ from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_file import onnx_dtype
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_view import Table, View, dtype_of
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument, is_op, node_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +33,7 @@ _RESHAPES = (
 
 
 def _attention(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    query, key, value = (_as_node(x) for x in node.args[:3])
+    query, key, value = (node_of(x) for x in node.args[:3])
     if float(argument(node, "dropout_p")) != 0 or len(query.meta["val"].shape) != 4:
         return None
     dtype = dtype_of(node.meta["val"])
@@ -74,13 +74,13 @@ def _before_repeat(node: Node) -> Node | None:
     node = _through_copies(node)
     if not is_op(node, *_RESHAPES):
         return None
-    wide = _through_copies(_as_node(node.args[0]))
+    wide = _through_copies(node_of(node.args[0]))
     if not is_op(wide, aten.expand.default):
         return None
-    thin = _as_node(wide.args[0])
+    thin = node_of(wide.args[0])
     if not is_op(thin, aten.unsqueeze.default) or int(thin.args[1]) % 5 != 2:  # type: ignore[arg-type]
         return None
-    source = _as_node(thin.args[0])
+    source = node_of(thin.args[0])
     dims, spread = dims_of(source.meta["val"]), dims_of(wide.meta["val"])
     if len(dims) != 4 or not isinstance(dims[1], int) or not isinstance(spread[2], int):
         return None
@@ -90,13 +90,8 @@ def _before_repeat(node: Node) -> Node | None:
 
 def _through_copies(node: Node) -> Node:
     while is_op(node, aten.contiguous.default, aten.clone.default):
-        node = _as_node(node.args[0])
+        node = node_of(node.args[0])
     return node
-
-
-def _as_node(value: Any) -> Node:  # noqa: ANN401
-    assert isinstance(value, Node)
-    return value
 
 
 # -- masks ------------------------------------------------------------------------------------

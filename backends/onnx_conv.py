@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Node
@@ -10,8 +11,8 @@ from torch.fx import Node
 from planish.backends.onnx_dims import dim_of, dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_padding import without_padding
-from planish.backends.onnx_view import Table, View, node_of, rank_of, source_of
-from planish.ir.ops import argument
+from planish.backends.onnx_view import Table, View, rank_of, source_of
+from planish.ir.ops import argument, node_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def per_axis(value: Any, count: int) -> list[int]:  # noqa: ANN401
+def per_axis(value: int | Sequence[int], count: int) -> list[int]:
     """One number for each axis, where one may be given for all."""
     values = [value] if isinstance(value, int) else list(value)
     return values * count if len(values) == 1 else values
@@ -42,7 +43,7 @@ def without_batch(node: Node, value: ir.Value, added: bool) -> ir.Value | View:
     return View(value, (1, *dims), dims)
 
 
-def _conv(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+def _conv(e: Emitter, node: Node) -> ir.Value | View | None:
     weight, bias = node_of(node.args[1]), argument(node, "bias")
     spatial = rank_of(weight) - 2
     padding = argument(node, "padding")
@@ -72,7 +73,7 @@ def _conv(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     return without_batch(node, result, added)
 
 
-def _conv_transpose(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+def _conv_transpose(e: Emitter, node: Node) -> ir.Value | View:
     weight, bias = node_of(node.args[1]), argument(node, "bias")
     spatial = rank_of(weight) - 2
     x, added = with_batch(e, node, spatial)

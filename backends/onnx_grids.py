@@ -10,12 +10,13 @@ step more per element; a second rounding is a kernel of its own in some.
 from __future__ import annotations
 
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_quantize import DEQUANTIZE, QUANTIZE, stored
 from planish.backends.onnx_view import Table, View
 from planish.backends.ort_codes import ends, grid_of, limits
-from planish.ir.ops import is_op, is_view
+from planish.ir.ops import is_op, is_view, node_of
 from planish.ir.quantscheme import INTEGERS
 
 
@@ -27,7 +28,7 @@ def _quantize(e: Emitter, node: Node) -> View | None:
     while (bounds := limits(inner)) is not None:
         if ends(grid, bounds) != INTEGERS[grid.dtype][:2]:
             return None
-        inner = inner.args[0]  # type: ignore[assignment]
+        inner = node_of(inner.args[0])
     if inner is source:
         return None
     view = e.view(inner)
@@ -39,16 +40,15 @@ def _dequantize(e: Emitter, node: Node) -> View | None:
     codes, grid = node.args[0], grid_of(e, node)
     if grid is None or not is_op(codes, QUANTIZE):
         return None
-    source = codes.args[0]  # type: ignore[union-attr]
-    inner = source
+    source = node_of(codes.args[0])
+    inner: Argument = source
     while isinstance(inner, Node) and inner.op == "call_function" and is_view(inner.target):
         inner = inner.args[0]
     if not isinstance(inner, Node) or not is_op(inner, DEQUANTIZE):
         return None
-    before, between = grid_of(e, inner), grid_of(e, codes)  # type: ignore[arg-type]
+    before, between = grid_of(e, inner), grid_of(e, codes)
     if before is None or between is None or not (grid.same(before) and grid.same(between)):
         return None
-    assert isinstance(source, Node)
     return e.view(source)
 
 

@@ -15,9 +15,9 @@ from planish.backends.onnx_dims import dim_of, dims_of, product
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_pointwise import on_base
 from planish.backends.onnx_quantize import dequantized, linear_of_codes
-from planish.backends.onnx_view import Table, View, dtype_of, node_of, rank_of, source_of
+from planish.backends.onnx_view import Table, View, dtype_of, rank_of, source_of
 from planish.ir.errors import UnsupportedError
-from planish.ir.ops import argument
+from planish.ir.ops import argument, node_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -290,7 +290,7 @@ def _with_edges(e: Emitter, node: Node, x: ir.Value, facts: dict[str, Any]) -> i
     return e.op("Mul", e.op("AveragePool", x, count_include_pad=0, **facts), shares)
 
 
-def _sum_pool(e: Emitter, node: Node, facts: dict[str, Any], divisor: int) -> Any:  # noqa: ANN401
+def _sum_pool(e: Emitter, node: Node, facts: dict[str, Any], divisor: int) -> ir.Value | View:
     """Sums of windows by a number: averages that count the padding, by what is missing to it."""
     if facts["ceil_mode"]:
         raise UnsupportedError(

@@ -18,7 +18,7 @@ from torch.fx import Node
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_quantize import DEQUANTIZE, QUANTIZE, stored
 from planish.backends.onnx_shapes import padding_pairs
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument, is_op, node_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,21 +66,22 @@ def without_padding(e: Emitter, node: Node) -> tuple[ir.Value, Pairs] | None:
     assert isinstance(x, Node)
     pairs = image_padding(x)
     if pairs is not None:
-        return e.value(x.args[0]), pairs  # type: ignore[arg-type]
+        return e.value(node_of(x.args[0])), pairs
     codes = x.args[0] if _per_tensor(x, DEQUANTIZE) else None
     if not isinstance(codes, Node) or not _per_tensor(codes, QUANTIZE):
         return None
-    pairs, padded = image_padding(codes.args[0]), codes.args[0]
+    padded = node_of(codes.args[0])
+    pairs = image_padding(padded)
     if pairs is None or codes.args[1:3] != x.args[1:3]:
         return None
-    source = padded.args[0]  # type: ignore[union-attr]
-    assert isinstance(source, Node)
+    source = node_of(padded.args[0])
     if _per_tensor(source, DEQUANTIZE) and _same(e, source, x):
         return e.value(source), pairs
-    known = [e.known(n) for n in x.args[1:3]]
-    if known[0] is None or known[1] is None:
+    nodes = [node_of(n) for n in x.args[1:3]]
+    known = [k for k in map(e.known, nodes) if k is not None]
+    if len(known) != len(nodes):
         return None
-    grid = [stored(e, n, k.reshape(())) for n, k in zip(x.args[1:3], known, strict=True)]  # type: ignore[arg-type, union-attr]
+    grid = [stored(e, n, k.reshape(())) for n, k in zip(nodes, known, strict=True)]
 
     def make() -> ir.Value:
         e.at(x)  # these are its operators, wherever they are written

@@ -24,7 +24,7 @@ from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_view import Table, View, dtype_of
 from planish.ir.errors import UnsupportedError
-from planish.ir.ops import argument, aten, is_op
+from planish.ir.ops import argument, aten, is_op, node_of
 from planish.ir.quantscheme import INTEGERS
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def opset_needed(program: Program) -> int:
 # -- the three operators ----------------------------------------------------------------------
 
 
-def _quantize(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+def _quantize(e: Emitter, node: Node) -> View:
     x, scale, zero = _nodes(node)
     kind = str(argument(node, "dtype"))
     axis, block = argument(node, "axis"), int(argument(node, "block_size"))
@@ -119,7 +119,7 @@ def _quantize(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     return view.with_base(codes)
 
 
-def _dequantize(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+def _dequantize(e: Emitter, node: Node) -> View:
     q = dequantized(node)
     assert q is not None
     known = e.known(q.codes)
@@ -146,7 +146,9 @@ def _dequantize(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     return view.with_base(result)
 
 
-def _by_rows(e: Emitter, q: Dequantized, codes: ir.Value, scale: ir.Value, zero: ir.Value) -> Any:  # noqa: ANN401
+def _by_rows(
+    e: Emitter, q: Dequantized, codes: ir.Value, scale: ir.Value, zero: ir.Value
+) -> ir.Value:
     """Dequantize values with a scale for each row, in primitive operators.
 
     ONNX Runtime 1.32 makes MatMulIntegerToFloat of any DequantizeLinear before a MatMul, and then
@@ -193,7 +195,7 @@ def _check_no_zero(e: Emitter, q: Dequantized) -> None:
         )
 
 
-def _dynamic_quantize(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+def _dynamic_quantize(e: Emitter, node: Node) -> list[Any]:
     x = node.args[0]
     assert isinstance(x, Node)
     kind, per_token = str(argument(node, "dtype")), bool(argument(node, "per_token"))
@@ -208,7 +210,7 @@ def _dynamic_quantize(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 def _by_definition(e: Emitter, node: Node, view: View, kind: str, per_token: bool) -> list[Any]:
     """Dynamic quantization in primitive operators: per token, or to int8."""
-    x, dtype = view.base, dtype_of(node.args[0].meta["val"])  # type: ignore[union-attr]
+    x, dtype = view.base, dtype_of(node_of(node.args[0]).meta["val"])
     smallest, largest, storage = INTEGERS[kind]
     zero_, one = e.constant(0.0, dtype), e.constant(1.0, dtype)
     axes = [e.constant([-1])] if per_token else []

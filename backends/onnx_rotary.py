@@ -16,7 +16,7 @@ import planish.ir.operators  # noqa: F401 - registers torch.ops.planish
 from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_view import Table, View, dtype_of
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument, is_op, node_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,7 +34,7 @@ _TRANSPARENT = (
 
 
 def _rotary(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    x, cos, sin = (_as_node(a) for a in node.args[:3])
+    x, cos, sin = (node_of(a) for a in node.args[:3])
     interleaved = bool(argument(node, "interleaved"))
     dims = dims_of(x.meta["val"])
     wanted = e.style.rotary == "operator" and e.opset >= 23 and not interleaved
@@ -43,11 +43,6 @@ def _rotary(e: Emitter, node: Node) -> Any:  # noqa: ANN401
         if all(t is not None for t in tables):
             return _as_operator(e, node, x, tables)
     return _as_formula(e, node, interleaved)
-
-
-def _as_node(value: Any) -> Node:  # noqa: ANN401
-    assert isinstance(value, Node)
-    return value
 
 
 def _as_operator(e: Emitter, node: Node, x: Node, tables: list[Any]) -> View:
@@ -97,9 +92,9 @@ def _equal_halves(e: Emitter, table: Node) -> bool:
         last = int(argument(table, "dim")) in (-1, len(table.meta["val"].shape) - 1)
         return last and len(parts) == 2 and parts[0] is parts[1]  # type: ignore[arg-type, index]
     if is_op(table, aten.mul.Tensor, aten.mul.Scalar) and not isinstance(table.args[1], Node):
-        return _equal_halves(e, _as_node(table.args[0]))
+        return _equal_halves(e, node_of(table.args[0]))
     if is_op(table, *_TRANSPARENT):
-        source = _as_node(table.args[0])
+        source = node_of(table.args[0])
         same_width = source.meta["val"].shape[-1:] == table.meta["val"].shape[-1:]
         return bool(same_width) and _equal_halves(e, source)
     return False
@@ -107,7 +102,7 @@ def _equal_halves(e: Emitter, table: Node) -> bool:
 
 def _as_formula(e: Emitter, node: Node, interleaved: bool) -> Any:  # noqa: ANN401
     """``x * cos + rotate(x) * sin``."""
-    x = _as_node(node.args[0])
+    x = node_of(node.args[0])
     dims, dtype = dims_of(node.meta["val"]), dtype_of(node.meta["val"])
     value, (cos, sin) = e.value(x), (e.operand(a, dtype) for a in node.args[1:3])
     width = int(dims[-1])

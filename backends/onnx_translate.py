@@ -139,7 +139,7 @@ def emit_operator(e: Emitter, node: Node) -> None:
     e.hold(node, result)
 
 
-def _on_integers(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+def _on_integers(e: Emitter, node: Node) -> Any:  # noqa: ANN401 - what translations return
     for table in INTEGER_KERNELS[e.style.integers]:
         translator = table.get(node.target)
         result = translator(e, node) if translator is not None else None

@@ -11,6 +11,7 @@ from torch import SymBool, SymInt, Tensor
 from torch.fx import Node
 
 from planish.backends.onnx_dims import Dims
+from planish.ir.ops import node_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -96,12 +97,6 @@ def dtype_of(value: Any) -> torch.dtype:  # noqa: ANN401
     if isinstance(value, (int, SymInt)):
         return torch.int64
     return torch.float32
-
-
-def node_of(value: object) -> Node:
-    """An argument that has to be a node, as one."""
-    assert isinstance(value, Node)
-    return value
 
 
 def source_of(node: Node) -> Node:

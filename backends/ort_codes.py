@@ -28,7 +28,7 @@ from planish.backends.onnx_dims import Dims, dims_of
 from planish.backends.onnx_graph import Emitter
 from planish.backends.onnx_quantize import DEQUANTIZE, QUANTIZE, stored
 from planish.backends.onnx_view import Table, View
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument, is_op, node_of
 from planish.ir.quantscheme import INTEGERS
 
 if TYPE_CHECKING:
@@ -204,9 +204,8 @@ def limits(node: Node) -> tuple[float, float] | None:
     if any(isinstance(b, Node) for b in bounds):
         return None
     infinite = (float("-inf"), float("inf"))
-    return tuple(  # type: ignore[return-value]
-        end if b is None else float(b) for b, end in zip(bounds, infinite, strict=True)
-    )
+    first, last = (end if b is None else float(b) for b, end in zip(bounds, infinite, strict=True))
+    return first, last
 
 
 # clamping operator -> its lower and upper bound: a number, or the name of an argument
@@ -281,19 +280,18 @@ def _item(e: Emitter, node: Node, grid: Grid) -> View | None:
     split = node.args[0]
     if not is_op(split, *_SPLITS):
         return None
-    source = split.args[0]  # type: ignore[union-attr]
-    assert isinstance(split, Node)
-    assert isinstance(source, Node)
+    source, index = node_of(split.args[0]), node.args[1]
+    assert isinstance(index, int)
     view = make_codes(e, source, grid)
     if view is None:
         return None
 
-    def parts() -> Any:  # noqa: ANN401
+    def parts() -> Any:  # noqa: ANN401 - what the translation returns
         with standing_in(e, source, view):
             return TABLE[split.target](e, split)
 
     result = e.cached(("parts", split, view.base), parts)
-    return None if result is None else _seen(result[int(node.args[1])], node)  # type: ignore[arg-type]
+    return None if result is None else _seen(result[index], node)
 
 
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)

@@ -13,6 +13,7 @@ A convolution whose result somebody needs as real numbers has no such form: QLin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ from planish.backends.ort_codes import (
     seen_first,
 )
 from planish.backends.ort_stem import merge_filter, merged_image, pixels_to_merge
-from planish.ir.ops import argument
+from planish.ir.ops import argument, node_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -80,16 +81,16 @@ class Geometry:
 
 
 def _convolution(e: Emitter, node: Node, grid: Grid) -> View | None:
-    x, weight = node.args[0], argument(node, "weight")
+    x, weight = node_of(node.args[0]), argument(node, "weight")
     given, spatial = codes_of(e, x), weight.meta["val"].dim() - 2
     if given is None or len(node.users) != 1 or given.grid.dtype != grid.dtype:
         return None
-    if len(x.meta["val"].shape) != spatial + 2:  # type: ignore[union-attr]
+    if len(x.meta["val"].shape) != spatial + 2:
         return None  # an image without a batch
     filter_ = read_filter(e, node, given.grid)
     if filter_ is None:
         return None
-    given, geometry = _without_padding(e, x, given, read_geometry(node, spatial))  # type: ignore[arg-type]
+    given, geometry = _without_padding(e, x, given, read_geometry(node, spatial))
     dims = dims_of(node.meta["val"])
     count = _pixels(e, given, filter_, geometry, dims)
     if count is not None:
@@ -97,7 +98,7 @@ def _convolution(e: Emitter, node: Node, grid: Grid) -> View | None:
     constants = Constants(
         stored(e, filter_.names[0], filter_.codes),
         stored(e, filter_.names[1], filter_.scale),
-        None if filter_.bias is None else stored(e, filter_.names[2], filter_.bias),  # type: ignore[arg-type]
+        None if filter_.bias is None else stored(e, node_of(filter_.names[2]), filter_.bias),
     )
     image = channels_last(e, given.view)
     return seen_first(_emit(e, image, given.grid, constants, filter_, geometry, grid), dims)
@@ -174,7 +175,7 @@ def _merged(
     constants = Constants(
         stored(e, filter_.names[0], codes, order=order),
         repeated(filter_.scale, filter_.names[1]),
-        None if filter_.bias is None else repeated(filter_.bias, filter_.names[2]),  # type: ignore[arg-type]
+        None if filter_.bias is None else repeated(filter_.bias, node_of(filter_.names[2])),
     )
     wide = Filter(codes, filter_.scale, filter_.zero, filter_.bias, filter_.names)
     strides = (*geometry.strides[:-1], 1)
@@ -250,7 +251,7 @@ def read_geometry(node: Node, spatial: int) -> Geometry:
     return Geometry(strides, pads, dilations, int(argument(node, "groups")))
 
 
-def _each(value: Any, count: int) -> tuple[int, ...]:  # noqa: ANN401
+def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else [int(v) for v in value]
     return tuple(values * count if len(values) == 1 else values)
 
@@ -265,10 +266,9 @@ def _without_padding(
     quantize = x.args[0]
     padded = quantize.args[0] if isinstance(quantize, Node) and quantize.args else None
     pairs = image_padding(padded)
-    if pairs is None or not isinstance(quantize, Node):
+    if pairs is None or not isinstance(quantize, Node) or not isinstance(padded, Node):
         return given, geometry
-    source = padded.args[0]  # type: ignore[union-attr]
-    assert isinstance(source, Node)
+    source = node_of(padded.args[0])
     grid = grid_of(e, quantize)
     if grid is None or not grid.same(given.grid):
         return given, geometry

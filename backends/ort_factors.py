@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from planish.backends.onnx_view import node_of, rank_of
-from planish.ir.ops import argument, aten, is_op
+from planish.backends.onnx_view import rank_of
+from planish.ir.ops import argument, aten, is_op, node_of
 
 
 @dataclass(frozen=True)

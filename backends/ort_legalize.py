@@ -62,7 +62,7 @@ def _is_integer_stem(node: Node) -> bool:
     x = node.args[0]
     if not is_op(x, torch.ops.planish.dequantize.default):
         return False
-    channels = x.meta["val"].shape[1]  # type: ignore[union-attr]
+    channels = x.meta["val"].shape[1]
     return isinstance(channels, int) and channels % CHANNEL_STEP != 0
 
 

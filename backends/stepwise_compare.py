@@ -22,7 +22,7 @@ import planish.ir.quant_ops  # noqa: F401 - registers torch.ops.planish
 from planish.backends.base import Stepwise
 from planish.ir.compare import BOUNDS, difference
 from planish.ir.errors import ExportError
-from planish.ir.ops import aten, is_op
+from planish.ir.ops import aten, is_op, node_of
 from planish.ir.quantscheme import INTEGERS
 
 QUANTIZE = torch.ops.planish.quantize.default
@@ -178,9 +178,9 @@ def _slack_of_arguments(state: State, node: Node) -> float:
     for argument in loose:
         slack = state.slack[argument]
         if is_op(node, DEQUANTIZE):
-            slack *= _peak(state.env[node.args[1]])  # type: ignore[index]
+            slack *= _peak(state.env[node_of(node.args[1])])
         elif is_op(node, QUANTIZE):
-            slack /= float(state.env[node.args[1]].abs().min())  # type: ignore[index]
+            slack /= float(state.env[node_of(node.args[1])].abs().min())
         elif node.target in _PRODUCTS:
             factors = [node.args[position] for position in _PRODUCTS[node.target]]
             if argument in factors:

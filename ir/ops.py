@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import SymBool, SymFloat, SymInt
@@ -114,7 +114,7 @@ COMMUTATIVE = frozenset(
 )
 
 
-def is_op(node: object, *targets: Any) -> bool:  # noqa: ANN401 - overloads have no common type
+def is_op(node: object, *targets: Any) -> TypeGuard[Node]:  # noqa: ANN401 - overloads have no common type
     """Whether a value is a node that calls one of these operators."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
@@ -205,6 +205,18 @@ def op_name(target: Any) -> str:  # noqa: ANN401
     module = (getattr(target, "__module__", "") or "").removeprefix("_")
     prefix = "sym" if module in ("operator", "math") else module
     return f"{prefix}.{getattr(target, '__name__', str(target))}"
+
+
+def node_of(value: object) -> Node:
+    """An argument that has to be a node, as one."""
+    assert isinstance(value, Node)
+    return value
+
+
+def declared_arguments(node: Node) -> list[torch.Argument]:
+    """What the schema of an ATen call declares, in order."""
+    assert isinstance(node.target, OpOverload)
+    return node.target._schema.arguments
 
 
 def argument(node: Node, name: str) -> Any:  # noqa: ANN401

@@ -78,7 +78,7 @@ def whole_range_axis(index: Node, size: Size, program: Program, rank: int) -> in
     else:
         counts = is_op(origin, aten.arange.default) or (
             is_op(origin, aten.arange.start, aten.arange.start_step)
-            and origin.args[0] == 0
+            and bool(origin.args[0] == 0)
             and origin.args[2:] in ((), (1,))
         )
     # An arange of floats would not be an index; one of integers counts 0, 1, 2, ...

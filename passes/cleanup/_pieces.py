@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from planish.ir.ops import is_op
+from planish.ir.ops import is_op, node_of
 from planish.ir.pattern import Match, Refusal, Rule
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
@@ -173,7 +173,7 @@ def _whole_slices(node: Node, pieces: Sequence[Any]) -> Node | None:
     """What all pieces were sliced from, if they follow each other and leave nothing out."""
     if is_op(node, aten.stack.default) or not is_op(pieces[0], aten.slice.Tensor):
         return None
-    source, at = pieces[0].args[0], 0
+    source, at = node_of(pieces[0].args[0]), 0
     for piece in pieces:
         cut = as_slice(piece) if is_op(piece, aten.slice.Tensor) else None
         if cut is None or piece.args[0] is not source:

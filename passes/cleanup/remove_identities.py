@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from planish.ir.ops import ELEMENTWISE_BINARY, is_op
+from planish.ir.ops import ELEMENTWISE_BINARY, is_op, node_of
 from planish.ir.pattern import Match, Refusal, Rule
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
@@ -155,7 +155,7 @@ class DropExpand(Rule):
             operand = args[position]
             if not is_op(operand, aten.expand.default) or _sways_type(operand, args):
                 continue
-            shapes = self._shapes(node, args, {position: operand.args[0]})
+            shapes = self._shapes(node, args, {position: node_of(operand.args[0])})
             if shapes is None:
                 continue
             found = broadcast_shape(shapes)

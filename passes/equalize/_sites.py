@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planish.ir.ops import argument, aten, is_op
+from planish.ir.ops import argument, aten, is_op, node_of
 from planish.ir.program import Program
 from planish.passes.fold._axes import axis_after, only_moves, producer, value_users
 from planish.passes.rounding.targets import Weight
@@ -160,11 +160,11 @@ def _value_projection(root: Node) -> Node | None:
         return None
     way = joined
     while is_op(way, aten.contiguous.default, aten.clone.default):
-        way = way.args[0]  # type: ignore[assignment]
+        way = node_of(way.args[0])
     heads = _swapped(way)
-    if not is_op(heads, aten.scaled_dot_product_attention.default) or len(heads.users) != 1:  # type: ignore[union-attr]
+    if not is_op(heads, aten.scaled_dot_product_attention.default) or len(heads.users) != 1:
         return None
-    values = heads.args[2]  # type: ignore[union-attr]
+    values = heads.args[2]
     if not isinstance(values, Node) or len(values.users) != 1:
         return None
     split = _swapped(values)
@@ -188,8 +188,9 @@ def _swapped(node: object) -> Node | None:
     """The operand of a transpose of axes 1 and 2 of four."""
     if not isinstance(node, Node) or node.meta["val"].dim() != 4:
         return None
-    if is_op(node, aten.transpose.int) and {int(a) % 4 for a in node.args[1:3]} == {1, 2}:  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
-    if is_op(node, aten.permute.default) and list(node.args[1]) == [0, 2, 1, 3]:  # type: ignore[arg-type]
-        return node.args[0]  # type: ignore[return-value]
+    axes: tuple[Any, ...] = node.args[1:3]
+    if is_op(node, aten.transpose.int) and {int(a) % 4 for a in axes} == {1, 2}:
+        return node_of(node.args[0])
+    if is_op(node, aten.permute.default) and list(axes[0]) == [0, 2, 1, 3]:
+        return node_of(node.args[0])
     return None

@@ -237,7 +237,8 @@ def swaps_last(node: Any) -> bool:  # noqa: ANN401
         dims = [d % rank for d in argument(node, "dims")]
         return dims == [*range(rank - 2), rank - 1, rank - 2]
     if is_op(node, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default):
-        return rank >= 2 and {d % rank for d in node.args[1:]} == {rank - 1, rank - 2}
+        axes: tuple[Any, ...] = node.args[1:]
+        return rank >= 2 and {d % rank for d in axes} == {rank - 1, rank - 2}
     return False
 
 

@@ -81,6 +81,8 @@ def half(node: Any, seen: list[Node]) -> Half | None:  # noqa: ANN401
     if is_op(node, operator.getitem):
         seen.append(node)
         parts, index = skip(node.args[0], seen), node.args[1]
+        if not isinstance(index, int):
+            return None
         if is_op(parts, *_SPLITS):
             seen.append(parts)
             return _chunk(parts, index)

@@ -13,13 +13,14 @@ Source:       Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import Argument
+from torch.fx.node import Argument, Target
 
-from planish.ir.ops import argument, aten, is_op, is_pure_call
+from planish.ir.ops import argument, aten, is_op, is_pure_call, node_of
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.quantize.where import ATTENTION
@@ -51,7 +52,7 @@ def decompose(node: Node, rewriter: Rewriter) -> Node:
         The second product.
     """
 
-    def call(target: Any, *args: Argument, **kwargs: Argument) -> Node:  # noqa: ANN401
+    def call(target: Target, *args: Argument, **kwargs: Argument) -> Node:
         return rewriter.call(target, args, kwargs, like=node)
 
     query, key, value = (argument(node, name) for name in ("query", "key", "value"))
@@ -84,35 +85,36 @@ def decompose(node: Node, rewriter: Rewriter) -> Node:
     return result
 
 
-def _mask(node: Node, query: Node, key: Node, call: Any) -> Node | None:  # noqa: ANN401
+def _mask(node: Node, query: Node, key: Node, call: Callable[..., Node]) -> Node | None:
     """The mask as a value: the given one, or that of causal attention."""
     if not argument(node, "is_causal"):
         mask: Node | None = argument(node, "attn_mask")
         return mask
     rows, columns = (call(aten.arange.default, _size(x, call)) for x in (query, key))
-    return call(  # type: ignore[no-any-return]
+    return call(
         aten.le.Tensor,
         call(aten.unsqueeze.default, columns, 0),
         call(aten.unsqueeze.default, rows, 1),
     )
 
 
-def _size(value: Node, call: Any) -> Argument:  # noqa: ANN401
+def _size(value: Node, call: Callable[..., Node]) -> Argument:
     """The number of rows, as a number or as a node."""
     size = value.meta["val"].shape[-2]
     if isinstance(size, int):
         return size
     rank = value.meta["val"].dim()
-    return call(aten.sym_size.int, value, rank - 2)  # type: ignore[no-any-return]
+    return call(aten.sym_size.int, value, rank - 2)
 
 
 def _is_finite(mask: Node, program: Program) -> bool:
     """Whether a mask of numbers to add provably holds no minus infinity."""
     while is_op(mask, *_MOVES):
-        mask = mask.args[0]  # type: ignore[assignment]
+        mask = node_of(mask.args[0])
     known = program.constant(mask)
     if known is not None:
         return bool(known.isfinite().all())
     if is_op(mask, aten.where.Scalar):
-        return all(math.isfinite(number) for number in mask.args[1:])  # type: ignore[arg-type]
+        numbers: tuple[Any, ...] = mask.args[1:]
+        return all(math.isfinite(number) for number in numbers)
     return False

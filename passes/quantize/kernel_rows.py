@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument, declared_arguments, is_op, node_of
 from planish.ir.program import Program
 from planish.passes.quantize.operands import (
     DYNAMIC,
@@ -59,7 +59,7 @@ def _codes(node: Node, operands: Operands) -> Node | None:
     value = operands.values[0].read(node)
     if not is_dequantized(value) or argument(value, "dtype") != "uint8":
         return None
-    codes: Node = value.args[0]
+    codes = node_of(value.args[0])
     if codes.target is QUANTIZE:
         return codes
     made: object = codes.args[0] if codes.args else None
@@ -113,7 +113,7 @@ def zero_point_of(mixed: Mixed, program: Program) -> int:
 
 def is_convolution(node: Node) -> bool:
     """Whether a node is a convolution."""
-    return "groups" in {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    return "groups" in {a.name for a in declared_arguments(node)}
 
 
 def _patches(node: Node, x: Tensor, zero_point: int) -> Tensor:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from planish.ir.ops import argument, aten, is_op, op_name
+from planish.ir.ops import argument, aten, declared_arguments, is_op, node_of, op_name
 from planish.ir.program import Program
 
 QUANTIZE = torch.ops.planish.quantize.default
@@ -77,7 +77,7 @@ def with_operands(
 ) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
     """The arguments of a node with some operands exchanged."""
     args, kwargs = list(node.args), dict(node.kwargs)
-    for position, declared in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    for position, declared in enumerate(declared_arguments(node)):
         slots = [slot for slot in new if slot.name == declared.name]
         if not slots:
             continue
@@ -94,7 +94,7 @@ def with_operands(
     return tuple(args), kwargs
 
 
-def is_dequantized(value: object) -> bool:
+def is_dequantized(value: object) -> TypeGuard[Node]:
     """Whether an operand is already written in integers."""
     return is_op(value, DEQUANTIZE)
 
@@ -112,7 +112,7 @@ def source_of(value: Node) -> Node:
     if is_dequantized(value):
         codes = value.args[0]
         if is_op(codes, QUANTIZE):
-            return codes.args[0]  # type: ignore[union-attr, return-value]
+            return node_of(codes.args[0])
     return value
 
 
@@ -139,7 +139,7 @@ def operands_of(node: Node, program: Program) -> Operands | str | None:
 def is_weight(value: object, program: Program) -> bool:
     """Whether an operand is constant: a float tensor, or integers that stand for one."""
     if is_dequantized(value):
-        value = value.args[0]  # type: ignore[attr-defined]
+        value = value.args[0]
     return program.constant(value) is not None
 
 

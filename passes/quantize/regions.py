@@ -23,7 +23,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.fx import Node
 
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument, declared_arguments, is_op
 from planish.ir.program import Program
 from planish.passes.quantize.between import CLAMPS, LISTS, MOVERS, OTHERS, obstacle
 from planish.passes.quantize.operands import QUANTIZE, Operands, Slot, source_of
@@ -166,7 +166,7 @@ def _list_source(item: Node) -> Node:
 def _slots(node: Node) -> tuple[Slot, ...]:
     """Where an operator reads tensors."""
     found = []
-    for declared in node.target._schema.arguments:  # type: ignore[union-attr]
+    for declared in declared_arguments(node):
         value = argument(node, declared.name)
         if isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor):
             found.append(Slot(declared.name))

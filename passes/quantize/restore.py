@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from planish.ir.errors import source_line
-from planish.ir.ops import argument, is_op
+from planish.ir.ops import argument, declared_arguments, is_op, node_of
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
@@ -42,11 +42,11 @@ def float_value(dequantized: Node) -> Node | None:
     """The computed value that a dequantized one stands for; None for a weight."""
     codes = dequantized.args[0]
     if is_op(codes, QUANTIZE):
-        return codes.args[0]  # type: ignore[union-attr, return-value]
+        return node_of(codes.args[0])
     if isinstance(codes, Node) and codes.op == "call_function":
         pair = codes.args[0]  # codes are item 0 of what the dynamic operator gives
         if is_op(pair, DYNAMIC):
-            return pair.args[0]  # type: ignore[union-attr, return-value]
+            return node_of(pair.args[0])
     return None
 
 
@@ -142,7 +142,7 @@ def _exchange(rewriter: Rewriter, node: Node, operands: dict[Slot, Node | _Weigh
 
 def _slots(node: Node) -> Iterator[tuple[Slot, Any]]:
     """Every argument of an operator, the entries of lists one by one."""
-    for declared in node.target._schema.arguments:  # type: ignore[union-attr]
+    for declared in declared_arguments(node):
         value = argument(node, declared.name)
         if isinstance(value, (list, tuple)):
             for index, entry in enumerate(value):
