@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.ir.capture import capture
+from planish.ir.compare import Accumulator, Fidelity
 from planish.ir.errors import PassError, RequirementError
 from planish.ir.execute import run
 from planish.ir.ops import argument
@@ -14,11 +15,12 @@ from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.calibrate import spool
 from planish.passes.pipeline import run_pipeline
+from planish.passes.quantize.outputs import Judge, Score
 from planish.passes.quantize.quantize import Quantize
 from planish.passes.quantize.where import Where
 from planish.passes.recipe import Recipe
 from planish.passes.rounding.biases import corrected
-from planish.passes.rounding.correct_bias import CorrectBias
+from planish.passes.rounding.correct_bias import CorrectBias, proven
 from tests.support.check import check, refuses
 
 X = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0)) + 3
@@ -200,3 +202,88 @@ def test_one_row_without_a_batch_has_channels_and_no_samples() -> None:
         for p in (context.float_program(), program, after)
     )
     assert float((now - y).abs().max()) < 0.2 * float((before - y).abs().max())
+
+
+# -- what judges ----------------------------------------------------------------------------------
+
+
+def _context_of(batches: list[Tensor]) -> tuple[Program, PassContext, list[str]]:
+    """A quantized program, a context that knows the one before, and the remarks to come."""
+    floating = capture(Convs().eval(), (batches[0],), {})
+    remarks: list[str] = []
+    context = PassContext(calibration=spool([(b,) for b in batches], floating))
+    context.remark = remarks.append
+    context.float_program = floating.clone
+    program = Quantize(weights="int4").run(floating.clone(), context).program
+    return program, context, remarks
+
+
+def test_what_holds_on_the_last_quarter_is_written_without_a_word() -> None:
+    made = torch.Generator().manual_seed(1)
+    batches = [torch.randn(8, 3, 10, 10, generator=made) + 3 for _ in range(8)]
+    program, context, remarks = _context_of(batches)
+    result = CorrectBias().run(program.clone(), context)
+    assert len(result.changes) == 2
+    assert not remarks
+    assert not [r for r in result.refusals if "held-out" in r.reason]
+    fresh = torch.randn(8, 3, 10, 10, generator=made) + 3
+    before = _bias_error(program, context, fresh, 1)
+    assert _bias_error(result.program, context, fresh, 1) < before / 5
+
+
+def test_means_that_others_contradict_are_not_written() -> None:
+    made = torch.Generator().manual_seed(1)
+    batches = [torch.randn(8, 3, 10, 10, generator=made) + 3 for _ in range(6)]
+    # The weights that rounding made too small are now read with the other sign.
+    batches += [-b for b in batches[:2]]
+    program, context, _ = _context_of(batches)
+    result = CorrectBias(where=Where(include=("second", "first"))).run(program.clone(), context)
+    reasons = [r.reason for r in result.refusals if r.rule == "correct-bias"]
+    assert any("on held-out inputs its mean error would grow from" in r for r in reasons)
+    assert len(result.changes) < 2
+
+
+def test_few_batches_are_all_learned_from_and_that_is_said() -> None:
+    program, context, remarks = _context_of([X, X.flip(0), X.flip(1)])
+    assert len(CorrectBias().run(program, context).changes) == 2
+    (remark,) = remarks
+    assert "of 3 calibration batches none can be held out" in remark
+
+
+def test_a_gain_has_to_be_more_than_chance() -> None:
+    # Both have a mean of 1; the deviation of the second is 6, over the root of 4 batches 3.
+    steady, wild = torch.tensor([1.0, 1.2, 0.8, 1.0]), torch.tensor([6.0, -6.0, 6.0, -2.0])
+    assert proven(steady)[0]
+    useful, figure = proven(wild)
+    assert not useful
+    assert figure == "+1.00 +- 3.00 dB"
+    assert proven(torch.tensor([0.3]))[0]
+    assert not proven(torch.tensor([-0.3]))[0]
+    assert proven(torch.zeros(3))[0]  # exact before and after: there is no loss
+    assert not proven(torch.tensor([-1.0, -1.0]))[0]
+
+
+def test_where_the_outputs_do_not_gain_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = torch.Generator().manual_seed(1)
+    program, context, remarks = _context_of(
+        [torch.randn(8, 3, 10, 10, generator=made) + 3 for _ in range(8)]
+    )
+    figures = iter([20.0, 19.0, 25.0, 18.0, 21.0, 18.2])  # two batches: before, both, the first
+    monkeypatch.setattr(Judge, "score", lambda self, program: Score(_fidelity(next(figures))))
+    result = CorrectBias().run(program, context)
+    assert not result.changes
+    (remark,) = remarks
+    assert remark.endswith(": none are written")
+    assert "with those of the first 2 operators" in remark
+    assert "with those of the first 1 operators" in remark
+    assert [r.reason for r in result.refusals][-2:] == [
+        remark.removesuffix(": none are written")
+    ] * 2
+
+
+def _fidelity(decibels: float) -> Fidelity:
+    """Of which only the signal to noise is read."""
+    values = torch.ones(4, dtype=torch.float64)
+    sums = Accumulator()
+    sums.add(values, values + 10 ** (-decibels / 20))
+    return sums.fidelity()

@@ -40,9 +40,13 @@ _RANGES = "quantize{range=%s}"
 _SMOOTH = "smooth-quant{min_gain_db=6}"
 _FOLDED = "smooth-quant{explicit=false}"
 
+# The output of a pooler has no axis of tokens, so that padding cannot be left out of it; nothing of
+# the figures depends on it.
+_NO_POOLER = "where={exclude=[*pooler*]}"
+_FOUR = "round-weights{dtype=uint4}"
+
 # Model -> (recipe, the recipe it is compared with), plain ranges first.
 _TRANSFORMER = (
-    (_RANGES % "minmax", PLAIN),
     (_RANGES % "token", PLAIN),
     ("quantize{weight_range=mse}", PLAIN),
     ("quantize,correct-bias", PLAIN),
@@ -52,21 +56,27 @@ _TRANSFORMER = (
     (f"{_FOLDED},quantize", PLAIN),
     (f"{_SMOOTH},quantize", PLAIN),
     (f"{_SMOOTH},quantize,correct-bias", f"{_SMOOTH},quantize"),
-    (
-        f"{_SMOOTH},quantize{{range=minmax}},correct-bias",
-        f"{_SMOOTH},quantize,correct-bias",
-    ),
-    (f"{_SMOOTH},adaround{{iterations=0}},quantize", f"{_SMOOTH},quantize"),
+    ("quantize,keep-float{min_sqnr_db=30}", PLAIN),
+)
+_WEIGHTS = (
+    (_FOUR, PLAIN),
+    ("hqq", _FOUR),
+    ("awq", _FOUR),
+    ("gptq", _FOUR),
+    ("choose-bits,gptq", "gptq"),
 )
 ABLATIONS: Mapping[str, Sequence[tuple[str, str]]] = {
-    "minilm": _TRANSFORMER,
+    "minilm": (
+        *_TRANSFORMER,
+        *_WEIGHTS,
+        (f"{_SMOOTH},adaround{{iterations=0,{_NO_POOLER}}},quantize", f"{_SMOOTH},quantize"),
+    ),
     "efficientnet-lite0": (
-        (_RANGES % "minmax", PLAIN),
         ("quantize{weight_range=mse}", PLAIN),
         ("equalize-layers{clamp=per-channel},quantize", PLAIN),
         ("quantize,correct-bias", PLAIN),
+        ("quantize,keep-float{min_sqnr_db=20}", PLAIN),
         ("adaround{iterations=0},quantize", PLAIN),
-        ("adaround,quantize", PLAIN),
         ("adaround{iterations=0},quantize,correct-bias", "quantize,correct-bias"),
     ),
     "dinov2-s": _TRANSFORMER,
