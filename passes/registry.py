@@ -50,6 +50,7 @@ REGISTRY: Mapping[str, str] = {
     "migrate-gamma": "planish.passes.equalize.migrate_gamma:MigrateGamma",
     "split-outliers": "planish.passes.rounding.split_outliers:SplitOutliers",
     "equalize-layers": "planish.passes.equalize.equalize_layers:EqualizeLayers",
+    "absorb-bias": "planish.passes.equalize.absorb_bias:AbsorbBias",
     "adaround": "planish.passes.rounding.adaround:AdaRound",
     "correct-bias": "planish.passes.rounding.correct_bias:CorrectBias",
     "learn-ranges": "planish.passes.rounding.learn_ranges:LearnRanges",

@@ -8,7 +8,7 @@ The price is memory: every batch keeps its live values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from planish.ir.errors import PassError
 from planish.ir.execute import evaluate
 from planish.ir.ops import argument, aten, is_op
 from planish.ir.program import Program
-from planish.passes.calibrate import Spool
 from planish.passes.observe.feeding import Padding
 from planish.passes.observe.layout import rows_of
 from planish.passes.rounding.targets import CONVOLUTIONS
@@ -33,10 +32,14 @@ class Lockstep:
         program: may be edited between two calls of ``advance``, behind the point reached.
         spool: the batches.
         padding_mask: the input that is 1 for tokens and 0 for padding, or "" for none.
+
+    Attributes:
+        kept: values that stay although nothing reads them any more; ``release`` ends that.
     """
 
-    def __init__(self, program: Program, spool: Spool, padding_mask: str = ""):
+    def __init__(self, program: Program, spool: Iterable[tuple[Any, ...]], padding_mask: str = ""):
         self.program = program
+        self.kept: set[Node] = set()
         padding = Padding.of(program, padding_mask or None)
         self._padding = padding
         self._values: list[dict[Node, Any]] = []
@@ -70,10 +73,32 @@ class Lockstep:
                 if node.users:
                     values[node] = result
         for operand in node.all_input_nodes:
-            if all(user in self._done or user.op == "output" for user in operand.users):
-                self._shared.pop(operand, None)
-                for values in self._values:
-                    values.pop(operand, None)
+            if operand not in self.kept:
+                self._free(operand)
+
+    def _free(self, value: Node) -> None:
+        """Forget a value, unless something has yet to read it."""
+        if all(user in self._done or user.op == "output" for user in value.users):
+            self._shared.pop(value, None)
+            for values in self._values:
+                values.pop(value, None)
+
+    def release(self, values: Iterable[Node]) -> None:
+        """Keep some values no longer than others."""
+        for value in values:
+            self.kept.discard(value)
+            self._free(value)
+
+    def redo(self, nodes: Iterable[Node]) -> None:
+        """Compute some nodes anew on the next advance: constants that they read have changed."""
+        for node in nodes:
+            self._done.discard(node)
+            self._shared.pop(node, None)
+
+    def values(self, nodes: Iterable[Node]) -> list[dict[Node, Any]]:
+        """What some nodes gave, batch by batch."""
+        named = list(nodes)
+        return [{n: _Both(own, self._shared)[n] for n in named} for own in self._values]
 
     def inputs_of(self, reader: Node) -> Iterator[Tensor]:
         """What a linear or convolution reads, batch by batch, as ``[groups, tokens, inputs]``.
