@@ -68,6 +68,8 @@ class Style:
             QuantizeLinear and DequantizeLinear around operators on real numbers.
         stem: a convolution of few channels: "plain", or "merged" for neighboring pixels taken as
             channels of one, see ``ort_stem``.
+        wide: a convolution with more weights than a cache holds: "whole", or "split" along its
+            output channels, see ``ort_wide``.
         weights: how ONNX Runtime multiplies float values by weights in blocks: "branch" or
             "integers"; see ``ort_weights``.
         integer_attention: "separate" products of codes for queries, keys and values, or "packed"
@@ -84,6 +86,7 @@ class Style:
     weights: str = "branch"
     integers: str = "standard"
     stem: str = "plain"
+    wide: str = "whole"
     integer_attention: str = "separate"
     parts: str = "apart"
 

@@ -40,6 +40,7 @@ from planish.backends.ort_codes import (
     seen_first,
 )
 from planish.backends.ort_stem import merge_filter, merged_image, pixels_to_merge
+from planish.backends.ort_wide import is_wide, pieces
 from planish.ir.ops import argument, node_of
 
 if TYPE_CHECKING:
@@ -95,12 +96,10 @@ def _convolution(e: Emitter, node: Node, grid: Grid) -> View | None:
     count = _pixels(e, given, filter_, geometry, dims)
     if count is not None:
         return _merged(e, given, filter_, geometry, grid, dims, count)
-    constants = Constants(
-        stored(e, filter_.names[0], filter_.codes),
-        stored(e, filter_.names[1], filter_.scale),
-        None if filter_.bias is None else stored(e, node_of(filter_.names[2]), filter_.bias),
-    )
     image = channels_last(e, given.view)
+    if e.style.wide == "split" and is_wide(weight, geometry.groups):
+        return seen_first(_in_pieces(e, image, given.grid, filter_, geometry, grid), dims)
+    constants = _constants(e, filter_)
     return seen_first(_emit(e, image, given.grid, constants, filter_, geometry, grid), dims)
 
 
@@ -111,6 +110,38 @@ class Constants:
     codes: ir.Value
     scale: ir.Value
     bias: ir.Value | None
+
+
+def _constants(e: Emitter, filter_: Filter, part: slice | None = None) -> Constants:
+    """A filter in the file, or some of its output channels."""
+
+    def some(tensor: Tensor, node: Node) -> ir.Value:
+        if part is None or not tensor.dim():
+            return stored(e, node, tensor)
+        return stored(e, node, tensor[part].contiguous(), order=f".{part.start}-{part.stop}")
+
+    codes, scale, bias = filter_.names
+    return Constants(
+        some(filter_.codes, codes),
+        some(filter_.scale, scale),
+        None if filter_.bias is None or bias is None else some(filter_.bias, bias),
+    )
+
+
+def _in_pieces(
+    e: Emitter,
+    image: ir.Value,
+    source: Grid,
+    filter_: Filter,
+    geometry: Geometry,
+    goal: Grid,
+) -> ir.Value:
+    """The convolution on some of its output channels at a time."""
+    parts = [
+        _emit(e, image, source, _constants(e, filter_, part), filter_, geometry, goal)
+        for part in pieces(filter_.codes)
+    ]
+    return e.op("Concat", *parts, axis=-1)
 
 
 def _emit(

@@ -22,6 +22,7 @@ import planish.ir.operators  # noqa: F401 - registers torch.ops.planish
 from planish.backends.base import ExportOptions
 from planish.backends.ort_stem import CHANNEL_STEP
 from planish.backends.ort_weights import LONG_BLOCK
+from planish.backends.ort_wide import is_wide_convolution
 from planish.ir.errors import RecipeError
 from planish.ir.ops import argument, is_op, is_view
 from planish.ir.program import Program
@@ -111,6 +112,7 @@ CHOICES: tuple[Choice, ...] = (
         "rotary", "operator", "primitives", (torch.ops.planish.rotary_embedding.default,), opset=23
     ),
     Choice("stem", "plain", "merged", _CONVOLUTIONS, where=_is_integer_stem),
+    Choice("wide", "whole", "split", _CONVOLUTIONS, where=is_wide_convolution),
     Choice(
         "integer-attention",
         "separate",

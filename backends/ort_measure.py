@@ -111,6 +111,28 @@ class _Stem(nn.Module):
         return result
 
 
+class _Wide(nn.Module):
+    """Convolutions of integers, each with 5 MiB of weights on 49 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        codes = torch.randint(-127, 128, (2, 768, 768, 3, 3), dtype=torch.int8)
+        self.codes = nn.ParameterList(nn.Parameter(c.clone(), requires_grad=False) for c in codes)
+        self.scale = nn.Buffer(torch.full((768,), 2.0**-13))
+        self.none = nn.Buffer(torch.zeros(768, dtype=torch.int8))
+        self.step, self.zero = nn.Buffer(torch.tensor(0.02)), nn.Buffer(torch.tensor(128).byte())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, dq = torch.ops.planish.quantize, torch.ops.planish.dequantize
+        step = (self.step, self.zero)
+        x = dq(q(x, *step, dtype="uint8"), *step, dtype="uint8")
+        for codes in self.codes:
+            weight = dq(codes, self.scale, self.none, dtype="int8", axis=0)
+            y = F.conv2d(x, weight, None, 1, 1)
+            x = dq(q(y, *step, dtype="uint8"), *step, dtype="uint8")
+        return x
+
+
 class _IntegerAttention(nn.Module):
     """Self-attention on codes: three products, or one whose result is split."""
 
@@ -172,11 +194,13 @@ _SUBJECTS: dict[str, Callable[[], nn.Module]] = {
     "rms-norm": _RmsNorm,
     "rotary": _Rotary,
     "stem": _Stem,
+    "wide": _Wide,
     "integer-attention": partial(_IntegerAttention, joint=False),
     "parts": partial(_IntegerAttention, joint=True),
     "weights": _Weights,
 }
-_SHAPES = {"stem": (1, 3, 224, 224)}  # of the input; others take 128 tokens of 384 features
+# Of the input; others take 128 tokens of 384 features.
+_SHAPES = {"stem": (1, 3, 224, 224), "wide": (1, 768, 7, 7)}
 
 
 def measure(name: str) -> float:

@@ -68,8 +68,14 @@ def program_of(module: nn.Module, x: Tensor, dynamic: bool = False) -> Program:
 
 
 def exported(
-    program: Program, path: Path, *, target: str = "onnxruntime-cpu", stem: str = "plain"
+    program: Program,
+    path: Path,
+    *,
+    target: str = "onnxruntime-cpu",
+    stem: str = "plain",
+    wide: str = "whole",
 ) -> Artifact:
     """Write a file and hold it to the program, with no choice left to measurement."""
-    choices = {"stem": stem, "linear": "gemm"} if target == "onnxruntime-cpu" else None
+    known = {"stem": stem, "wide": wide, "linear": "gemm"}
+    choices = known if target == "onnxruntime-cpu" else None
     return load_backend(target).export(program, path, ExportOptions(choices=choices))
