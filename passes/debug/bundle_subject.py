@@ -62,6 +62,12 @@ def kept_passes(
     if context.loss is not None or context.labeled is not None:
         if not any("which no file can hold" in sentence for sentence in left_out):
             left_out.append("loss and labeled data were given; no pass here asks for them")
+    if context.metric is not None:
+        left_out.append("the metric, which no file can hold: what asks for it fails otherwise")
+    if context.held_out is not None:
+        left_out.append("the held-out calibration inputs: a replay judges by the others")
+    if subject.failing is not None and subject.run.floating not in (None, subject.program):
+        left_out.append("the program from before it was quantized, which some passes ask for")
     culprit = raised_by(error)
     if culprit is not None and type(culprit) not in replayed:
         kind = type(culprit)
