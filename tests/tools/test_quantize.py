@@ -226,8 +226,10 @@ def test_exit_codes_tell_what_cannot_be(
 ) -> None:
     """Unsupported is 4, a bound that is not kept 3; no file is left, and nothing to replay."""
     path, out = tmp_path / "data.npz", tmp_path / "model.onnx"
-    name = "input" if model == "without_products" else "image"
-    np.savez(path, **{name: _images()})
+    if model == "without_products":
+        np.savez(path, input=_images())
+    else:
+        np.savez(path, image=_images())
     given = ("quantize", f"{HERE}:{model}", "--calibration", path, "-o", out, *options, "--quiet")
     code, stdout, err = planish_(*given)
     assert code == exit_code, (stdout, err)

@@ -23,8 +23,9 @@ from planish.ir.verify import verify
 from planish.passes.base import PassContext
 from planish.passes.calibrate import spool
 from planish.passes.pipeline import Run, run_pipeline
-from planish.passes.quantize.keep_float import KeepFloat, fewest, kept_in_float
+from planish.passes.quantize.keep_float import KeepFloat, kept_in_float
 from planish.passes.quantize.restore import quantized_operators
+from planish.passes.quantize.search import fewest
 from planish.passes.quantize.where import NoSuchOperatorError
 from planish.passes.recipe import Recipe
 
