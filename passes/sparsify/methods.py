@@ -9,8 +9,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from planish.passes.sparsify.obc import obc
 from planish.passes.sparsify.patterns import Pattern
 from planish.passes.sparsify.scores import magnitude, wanda
+from planish.passes.sparsify.sparsegpt import sparsegpt
 
 Score = Literal["magnitude", "wanda", "obc", "sparsegpt", "woodfisher", "fisher", "undecayed"]
 
@@ -75,6 +77,38 @@ def _by_wanda(task: Task) -> Pruned:
     return Pruned(torch.where(kept, task.rows, 0), kept)
 
 
+def _by_obc(task: Task) -> Pruned:
+    assert task.h is not None
+    return Pruned(
+        *obc(
+            task.rows,
+            task.h,
+            task.pattern,
+            task.zeros,
+            damping=_damping(task),
+            known=task.known,
+        )
+    )
+
+
+def _by_sparsegpt(task: Task) -> Pruned:
+    assert task.h is not None
+    return Pruned(
+        *sparsegpt(
+            task.rows,
+            task.h,
+            task.pattern,
+            task.zeros,
+            damping=_damping(task),
+            known=task.known,
+        )
+    )
+
+
+def _damping(task: Task) -> float:
+    return 0.01 if task.damping is None else task.damping
+
+
 def _within_rows(scores: Tensor) -> Tensor:
     """Ranks in place of scores: each output gives up its lowest, all outputs equally many.
 
@@ -89,4 +123,6 @@ def _within_rows(scores: Tensor) -> Tensor:
 LAYER_METHODS: Mapping[Score, LayerMethod] = {
     "magnitude": _by_magnitude,
     "wanda": _by_wanda,
+    "obc": _by_obc,
+    "sparsegpt": _by_sparsegpt,
 }
