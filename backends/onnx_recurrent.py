@@ -32,22 +32,41 @@ _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 
 @dataclass(frozen=True)
 class Rows:
-    """A parameter of one direction: numbers, or int8 codes with a scale for each row.
+    """A parameter of one direction: numbers, or codes with a scale for each block of a row.
 
     Attributes:
         values: [rows, ..].
-        scale: [rows]; None for numbers.
+        scale: [rows, blocks]; None for numbers.
+        zero: [rows, blocks]; None for zero points of 0.
+        block: columns of a block; the last one may have fewer.
     """
 
     values: Tensor
     scale: Tensor | None = None
+    zero: Tensor | None = None
+    block: int = 0
 
     @property
     def numbers(self) -> Tensor:
         """What the codes stand for."""
         if self.scale is None:
             return self.values
-        return self.values.to(self.scale.dtype) * self.scale[:, None]
+        codes = self.values.to(self.scale.dtype)
+        if self.zero is not None:
+            codes = codes - self._spread(self.zero)
+        return codes * self._spread(self.scale)
+
+    def _spread(self, parameters: Tensor) -> Tensor:
+        columns = parameters.repeat_interleave(self.block, dim=1)
+        return columns[:, : self.values.shape[1]]
+
+    @property
+    def plain_scale(self) -> Tensor | None:
+        """[rows], where the codes are int8 with one scale for a row and zero points of 0."""
+        plain = self.zero is None and self.values.dtype is torch.int8
+        if self.scale is None or self.scale.shape[1] != 1 or not plain:
+            return None
+        return self.scale[:, 0]
 
 
 @dataclass(frozen=True)
@@ -106,14 +125,33 @@ def _cell(kind: str) -> Cell:
 
 
 def _matrix(e: Emitter, layer: Layer, rows: Rows, name: str) -> ir.Value:
-    """[directions, gates * H, ..], from codes where the program has them."""
-    sizes = (layer.directions, -1, rows.values.shape[1])
-    label = f"{layer.name}.{name}"
+    """[directions, gates * H, ..], from codes where the program has them.
+
+    In primitive operators, and the codes reshaped before they are scaled: OpenVINO 2026.4 keeps
+    a DequantizeLinear of constants as it is, and then has no LSTM of weights that are computed.
+    """
+    columns, directions = int(rows.values.shape[1]), layer.directions
+    sizes, label = (directions, -1, columns), f"{layer.name}.{name}"
     if rows.scale is None:
         return e.tensor(rows.values.reshape(sizes), label)
-    codes, scale = e.tensor(rows.values, label), e.tensor(rows.scale, f"{label}.scale")
-    numbers = e.op("DequantizeLinear", codes, scale, axis=0)
-    return e.op("Reshape", numbers, e.constant(list(sizes)))
+    blocks = rows.scale.shape[1]
+    missing = blocks * rows.block - columns
+    codes = torch.nn.functional.pad(rows.values, (0, missing))
+    real = e.cast(e.tensor(codes, label), codes.dtype, rows.scale.dtype)
+    shape = (directions, -1, blocks, rows.block) if blocks > 1 else sizes
+    real = e.op("Reshape", real, e.constant(list(shape)))
+
+    def parameter(tensor: Tensor, suffix: str) -> ir.Value:
+        return e.tensor(tensor.reshape(*shape[:-1], 1), f"{label}.{suffix}")
+
+    if rows.zero is not None:
+        real = e.op("Sub", real, parameter(rows.zero.to(rows.scale.dtype), "zero"))
+    real = e.op("Mul", real, parameter(rows.scale, "scale"))
+    if blocks > 1:
+        real = e.op("Reshape", real, e.constant([directions, -1, blocks * rows.block]))
+    if missing:
+        real = e.op("Slice", real, e.constant([0]), e.constant([columns]), e.constant([2]))
+    return real
 
 
 def read_layers(e: Emitter, node: Node, kind: str) -> list[Layer] | None:
@@ -154,21 +192,37 @@ def _read(e: Emitter, param: Node) -> Rows | None:
     if known is not None:
         return Rows(known)
     q = dequantized(param)
-    if q is None or q.dtype != "int8" or q.block or q.axis not in (None, 0):
+    if q is None:
         return None
     codes, scale, zero = (e.known(n) for n in (q.codes, q.scale, q.zero))
-    if codes is None or scale is None or zero is None or bool(zero.any()):
+    if codes is None or scale is None or zero is None or codes.dim() != 2:
         return None
-    return Rows(codes, scale.expand(codes.shape[0]).contiguous())
+    if q.axis != (1 if q.block else 0) and q.axis is not None:
+        return None  # scales of columns
+    rows, columns = codes.shape
+
+    def spread(parameters: Tensor) -> Tensor:
+        return parameters if q.block else parameters.reshape(-1, 1).expand(rows, 1).contiguous()
+
+    offset = spread(zero) if bool(zero.any()) else None
+    return Rows(codes, spread(scale), offset, q.block or int(columns))
 
 
 def _together(parts: list[Rows], kind: str) -> Rows:
     """One parameter of all directions, gates in ONNX's order."""
-    if any(part.scale is None for part in parts):
+    forms = {(p.scale is None, p.block, p.values.dtype) for p in parts}
+    if len(forms) > 1 or parts[0].scale is None:
         return Rows(torch.cat([_arranged(part.numbers, kind) for part in parts]))
     scales = [part.scale for part in parts if part.scale is not None]
-    values = torch.cat([_arranged(part.values, kind) for part in parts])
-    return Rows(values, torch.cat([_arranged(scale, kind) for scale in scales]))
+    zeros = [
+        torch.zeros_like(scale, dtype=part.values.dtype) if part.zero is None else part.zero
+        for part, scale in zip(parts, scales, strict=True)
+    ]
+    values, scale, zero = (
+        torch.cat([_arranged(tensor, kind) for tensor in tensors])
+        for tensors in ([part.values for part in parts], scales, zeros)
+    )
+    return Rows(values, scale, zero if bool(zero.any()) else None, parts[0].block)
 
 
 def _arranged(tensor: Tensor, kind: str) -> Tensor:

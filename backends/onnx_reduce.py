@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from planish.backends.onnx_dims import dims_of
+from planish.backends.onnx_dims import Dims, dims_of, product
 from planish.backends.onnx_file import onnx_dtype
 from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_quantize import DYNAMIC, QUANTIZE
 from planish.backends.onnx_view import Table, View, dtype_of, rank_of, source_of
-from planish.ir.ops import argument
+from planish.ir.ops import argument, is_op
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 aten = torch.ops.aten
+
+_SEARCHES = ("ReduceMax", "ReduceMin")
 
 
 def _has(node: Node, name: str) -> bool:
@@ -48,7 +51,41 @@ def reduce_axes(e: Emitter, node: Node, name: str, x: ir.Value) -> ir.Value:
     axes = _axes(node)
     if not axes:
         return x  # a scalar reduces to itself
+    if name in _SEARCHES and _rounds(e) and _first_value(node).is_floating_point():
+        return _apart(e, node, name, x)
     return e.op(name, x, e.constant(axes), keepdims=_keeps(node))
+
+
+def _rounds(e: Emitter) -> bool:
+    """Whether this is a standard file with values that are rounded to codes."""
+    if e.style.integers != "standard":
+        return False
+    return e.cached(
+        ("rounds",), lambda: any(is_op(n, QUANTIZE, DYNAMIC) for n in e.program.operators)
+    )
+
+
+def _apart(e: Emitter, node: Node, name: str, x: ir.Value) -> ir.Value:
+    """A largest or smallest number, with an operator between it and what rounds it.
+
+    OpenVINO 2026.4 takes what rounds the result into the operator itself, and then compares
+    numbers that are rounded already.
+    """
+    source = source_of(node)
+    like, axes = _first_value(node), _axes(node)
+    out, sizes = dims_of(like), dims_of(source.meta["val"])
+    first, last = axes[0], axes[-1]
+    if axes == list(range(first, last + 1)):  # neighbors are one axis
+        seen: Dims = (1, *sizes[:first], product(sizes[first : last + 1]), *sizes[last + 1 :])
+        axes = [first]
+    else:
+        seen = (1, *sizes)
+    x = e.materialize(View(x, sizes, seen), like=source.meta["val"])
+    axes = [axis + 1 for axis in axes]
+    others: Dims = tuple(1 if axis in axes else size for axis, size in enumerate(seen))
+    result = e.op(name, x, e.constant(axes), keepdims=1)
+    e.describe(result, like, others)
+    return e.materialize(View(result, others, out), like=like)
 
 
 def _reduction(name: str) -> Callable[[Emitter, Node], Any]:

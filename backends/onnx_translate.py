@@ -19,6 +19,7 @@ from planish.backends.onnx_index import INDEXING
 from planish.backends.onnx_layers import LAYERS
 from planish.backends.onnx_numbers import NUMBER_OPS
 from planish.backends.onnx_pointwise import POINTWISE
+from planish.backends.onnx_portable import PORTABLE
 from planish.backends.onnx_quantize import QUANTIZING
 from planish.backends.onnx_recurrent import RECURRENT
 from planish.backends.onnx_reduce import REDUCTIONS
@@ -52,7 +53,7 @@ TABLE: dict[Any, Translator] = {
 # Whose integer kernels -> what looks back from an operator and makes one kernel of several
 # operators; tried in this order before the table, None where it declines.
 INTEGER_KERNELS: dict[str, tuple[Table, ...]] = {
-    "standard": (ONNX_GRIDS,),
+    "standard": (ONNX_GRIDS, PORTABLE),
     "onnxruntime": (ORT_CODES, ORT_RECURRENT, ORT_MATMUL, ORT_PATCHES, ORT_ATTENTION, ORT_WEIGHTS),
 }
 

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 def _lstm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     layers = read_layers(e, node, "LSTM")
-    if layers is None or any(layer.w.scale is None or layer.r.scale is None for layer in layers):
+    if layers is None or any(r.plain_scale is None for x in layers for r in (x.w, x.r)):
         return None
     return emit_layers(e, node, layers, _cell)
 
@@ -46,9 +46,10 @@ def _cell(e: Emitter, layer: Layer, x: ir.Value, starts: list[ir.Value | None]) 
 
 def _operands(e: Emitter, layer: Layer, rows: Rows, name: str) -> list[ir.Value]:
     """Codes [directions, .., gates * H], scales and zero points [directions, gates * H]."""
-    assert rows.scale is not None
+    plain = rows.plain_scale
+    assert plain is not None
     codes = rows.values.reshape(layer.directions, -1, rows.values.shape[1]).transpose(1, 2)
-    scale = rows.scale.reshape(layer.directions, -1)
+    scale = plain.reshape(layer.directions, -1)
     label = f"{layer.name}.{name}"
     return [
         e.tensor(codes.contiguous(), label),
