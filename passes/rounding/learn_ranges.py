@@ -238,7 +238,8 @@ def _write(
         rewriter.insert_before(bias)
         parts = [
             rewriter.constant(value, str(old.target), like=old)
-            for value, old in ((codes, bias.args[0]), (scale_value, bias.args[1]))
+            for value, old in zip((codes, scale_value), bias.args[:2], strict=True)
+            if isinstance(old, Node)  # both are: _biases looked
         ]
         rewriter.set_args(bias, [*parts, *bias.args[2:]], bias.kwargs)
         changed.append(bias)

@@ -61,11 +61,13 @@ class Module:
             elif is_op(node, QUANTIZE):
                 continue  # computed with what dequantizes it, which has a derivative
             elif is_op(node, DEQUANTIZE) and is_op(node.args[0], QUANTIZE):
-                x, scale, zero = (env[n] for n in node.args[0].args[:3])  # type: ignore[union-attr, index]
-                env[node] = fake_quantize(x, scale, zero, **node.kwargs)
+                options: dict[str, Any] = dict(node.kwargs)
+                x, scale, zero = (env[n] for n in node.args[0].args[:3])  # type: ignore[index]  # of nodes
+                env[node] = fake_quantize(x, scale, zero, **options)
             elif is_op(node, DEQUANTIZE):
                 # Called as a function, which has a derivative by the scale; the operator has none.
-                env[node] = dequantize(*(env[n] for n in node.args), **node.kwargs)  # type: ignore[index, misc, arg-type]
+                options = dict(node.kwargs)
+                env[node] = dequantize(*(env[n] for n in node.args), **options)  # type: ignore[index]  # of nodes
             else:
                 env[node] = evaluate(node, env)
         return [env[node] for node in self.outputs]

@@ -90,6 +90,18 @@ def test_signed_codes_are_shifted_and_a_middle_zero_is_left_out() -> None:
     assert shifted.zero_point.tolist() == [[9 | 9 << 4]]
 
 
+def test_two_blocks_of_signed_scales() -> None:
+    """ONNX Runtime's own rounding of [4, -2, 1, 0, ..] and [-4, 2, 0, ..]: extremes are 0."""
+    unsigned = torch.tensor([[0, 12, 6] + [8] * 13 + [0, 12] + [8] * 14], dtype=torch.uint8)
+    scale, zero = torch.tensor([[-0.5, 0.5]]), torch.full((1, 2), 8, dtype=torch.uint8)
+    packed = pack(unsigned, scale, zero, "uint4", 16)
+    assert packed.codes[0, 0].tolist() == [192, 134] + [136] * 6
+    assert packed.codes[0, 1].tolist() == [192] + [136] * 7
+    assert packed.zero_point is None  # the operator's own zero point is 8
+    real = torch.ops.planish.dequantize(unsigned, scale, zero, dtype="uint4", axis=1, block_size=16)
+    assert real[0].tolist() == [4, -2, 1] + [0] * 13 + [-4, 2] + [0] * 14
+
+
 def test_one_scale_per_output_is_repeated() -> None:
     codes = torch.ones(3, 200, dtype=torch.int8)
     scale, zero = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.int8)

@@ -210,6 +210,21 @@ def test_gradients_pass_straight_through_inside_of_the_range() -> None:
     assert float(scale.grad) == pytest.approx(sum(inside) - 8 + 7 + 7, abs=1e-4)
 
 
+def test_the_gradient_of_a_clip_keeps_the_residue_of_rounding() -> None:
+    """PACT+ on a step of 2/3: ``(round(z) - z) / n`` inside, 1 above the clip, 0 below it."""
+    x = torch.tensor([-1.0, 0.4, 1.9, 12.5])
+    levels = 15
+    clips = torch.full((4,), levels * 2 / 3, requires_grad=True)  # one for each element
+    zero = torch.zeros(4, dtype=torch.uint8)
+    y = fake_quantize(x, clips / levels, zero, dtype="uint4", axis=0)
+    torch.testing.assert_close(y.detach(), torch.tensor([0.0, 2 / 3, 2.0, 10.0]))
+    y.sum().backward()
+    assert clips.grad is not None
+    # In four levels, n = 3, the two inside are .1333 and .05; here there are fifteen steps.
+    expected = torch.tensor([0.0, 0.1333 * 3 / levels, 0.05 * 3 / levels, 1.0])
+    torch.testing.assert_close(clips.grad, expected, rtol=1e-3, atol=1e-5)
+
+
 @given(seeds(), st.sampled_from(["int8", "uint8", "int4", "uint4"]), st.sampled_from([*LAYOUTS]))
 def test_the_differentiable_pair_is_the_pair(seed: int, dtype: str, layout: str) -> None:
     x, scale, zero, options = case(dtype, layout, seed)

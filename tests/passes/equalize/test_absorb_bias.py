@@ -30,7 +30,7 @@ def _net(*middle: nn.Module, second: nn.Module | None = None) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), *middle, second or nn.Conv2d(4, 2, 3))
     with torch.no_grad():
-        net[0].bias.copy_(HIGH)  # type: ignore[union-attr, operator, arg-type]
+        net.get_parameter("0.bias").copy_(HIGH)
     return net.eval()
 
 
@@ -164,8 +164,8 @@ def test_behind_equalizing_it_lowers_the_error_of_quantizing() -> None:
         nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)
     ).eval()
     with torch.no_grad():
-        module[0].bias += 20  # type: ignore[operator]
-        module[2].bias += 30  # type: ignore[operator]
+        module.get_parameter("0.bias").add_(20)
+        module.get_parameter("2.bias").add_(30)
     program = capture(module, (X,))
     (exact,) = run(program, (X,))
     errors = []

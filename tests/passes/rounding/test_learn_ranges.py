@@ -47,11 +47,11 @@ def _batches(seed: int, count: int) -> list[Tensor]:
     return [torch.randn(16, 12, generator=generator) for _ in range(count)]
 
 
-def _setting(quantize: Quantize = Quantize(range="minmax")) -> tuple[Program, PassContext]:  # noqa: B008 - frozen
+def _setting() -> tuple[Program, PassContext]:
     """A program quantized by ranges ten times too wide, and a context that knows what it was."""
     floating = capture(Net().eval(), (torch.randn(16, 12),))
     wide = PassContext(calibration=spool([10 * x for x in _batches(0, 8)], floating))
-    program = run_pipeline(floating, Recipe((quantize,)), wide).program
+    program = run_pipeline(floating, Recipe((Quantize(range="minmax"),)), wide).program
     near = spool(_batches(0, 8), floating)
     return program, PassContext(calibration=near, float_program=floating.clone)
 
@@ -60,7 +60,7 @@ def _scales(program: Program) -> dict[str, float]:
     """The scale of the value that each product reads."""
     found = {}
     for node in quantized_operators(program):
-        scale = program.constant(node.args[0].args[1])  # type: ignore[union-attr]
+        scale = program.constant(node.args[0].args[1])  # type: ignore[union-attr]  # a node
         assert scale is not None
         found[node.name] = float(scale)
     return found
@@ -129,7 +129,7 @@ def _biases(program: Program) -> dict[str, tuple[Tensor, Tensor]]:
     """The value of each int32 bias, and its step, which is the product of two scales."""
     found = {}
     for node in quantized_operators(program):
-        x, w, b = (node.args[i].args for i in range(3))  # type: ignore[union-attr]
+        x, w, b = (node.args[i].args for i in range(3))  # type: ignore[union-attr]  # nodes
         parts = [program.constant(n) for n in (x[1], w[1], b[1], b[0])]
         s_x, s_w, s_b, codes = (part for part in parts if part is not None)
         assert codes.dtype == torch.int32
