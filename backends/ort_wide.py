@@ -40,7 +40,7 @@ def is_wide(weight: object, groups: int) -> bool:
     shape = tuple(weight.meta["val"].shape)
     if not all(isinstance(n, int) for n in shape):
         return False
-    return math.prod(shape) > PIECE_BYTES and shape[0] > CHANNEL_BLOCK
+    return bool(math.prod(shape) > PIECE_BYTES and shape[0] > CHANNEL_BLOCK)
 
 
 def is_wide_convolution(node: Node) -> bool:

@@ -137,9 +137,11 @@ def recall_report(
             ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
             low, high = torch.tensor(slopes, dtype=torch.float64).quantile(ends).tolist()
             interval = (low, high)
+    dense, sparse = whole.accuracy.tolist()
     return RecallReport(
         tuple(whole.rows(known)),
-        *whole.accuracy.tolist(),
+        dense,
+        sparse,
         ratio,
         plain,
         interval,

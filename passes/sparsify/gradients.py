@@ -52,12 +52,9 @@ def gradients(
     missing = [f.value for f, v in ((Fact.LABELS, labeled), (Fact.LOSS, loss)) if v is None]
     if labeled is None or loss is None:
         raise RequirementError("gradients of the loss are needed", hint="; ".join(missing))
-    given = constants or {}
-    leaves = {
-        name: given.get(name, program.constants[name]).detach().clone().requires_grad_()
-        for name in names
-    }
-    known = {**program.constants, **given, **leaves}
+    known: dict[str, Any] = {**program.constants, **(constants or {})}
+    leaves: dict[str, Tensor] = {n: known[n].detach().clone().requires_grad_() for n in names}
+    known.update(leaves)
     read = 0
     for number, batch in enumerate(islice(_again(labeled), limit)):
         where = f"labeled batch {number}"

@@ -53,7 +53,8 @@ class Site:
     def rows(self, like: Tensor | None = None) -> Tensor:
         """The weight, or anything of its shape, as ``[outputs, inputs]``, channels innermost."""
         rows = self.weight.as_rows(self.weight.value if like is None else like)
-        return rows.unflatten(1, (-1, self.window)).transpose(1, 2).flatten(1)
+        ordered: Tensor = rows.unflatten(1, (-1, self.window)).transpose(1, 2).flatten(1)
+        return ordered
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """``[outputs, inputs]`` in the shape of the weight."""
