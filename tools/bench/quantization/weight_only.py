@@ -2,7 +2,7 @@
 
     python -m planish.tools.bench.quantization.weight_only [--model small-lm|smollm2|gpt2]
 
-small-lm  is trained here from scratch (``--train`` steps; 5000 take about 4 minutes of one core),
+small-lm  is trained here from scratch (``--train`` steps; 5000 take a few minutes of one core),
           then rounded by every method; its perplexity is that of the next byte.
 smollm2   SmolLM2-135M beside the plain float export: speed with 1 and 64 tokens, file size, and
           perplexity of the file itself on windows of 512 tokens of text that no pass was
