@@ -1,5 +1,6 @@
 """Quantized standard files answer in OpenVINO what their programs answer."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ for _kind in (nn.LSTM, nn.GRU):
             normal(7, 3, 12),
             {
                 "p": linear(12, 12),
-                "r": seeded(lambda k=_kind, h=_how: k(12, 16, **h)),
+                "r": seeded(partial(_kind, 12, 16, **_how)),
                 "c": linear(32 if "bidirectional" in _how else 16, 5),
             },
         )
