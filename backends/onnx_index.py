@@ -64,7 +64,7 @@ def _one_column(e: Emitter, index: Node, common: Dims) -> ir.Value:
 
 
 def _index_select(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source, axis, index = source_of(node), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    source, axis, index = source_of(node), int(node.args[1]), node.args[2]  # type: ignore[arg-type]  # by the operator's schema
     if not rank_of(source):
         return None
     places = e.operand(index, torch.int64)
@@ -72,7 +72,7 @@ def _index_select(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _gather(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source, axis, index = source_of(node), int(node.args[1]), node.args[2]  # type: ignore[arg-type]
+    source, axis, index = source_of(node), int(node.args[1]), node.args[2]  # type: ignore[arg-type]  # by the operator's schema
     assert isinstance(index, Node)
     if not rank_of(source) or not rank_of(index):
         return None
@@ -97,7 +97,7 @@ def _scatter(e: Emitter, node: Node) -> Any:  # noqa: ANN401
     reduction = "add" if node.target is aten.scatter_add.default else "none"
     return e.op(
         "ScatterElements", e.value(source), places, values,
-        axis=int(axis) % rank_of(source), reduction=reduction,  # type: ignore[arg-type]
+        axis=int(axis) % rank_of(source), reduction=reduction,  # type: ignore[arg-type]  # by the operator's schema
     )  # fmt: skip
 
 

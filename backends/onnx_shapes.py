@@ -222,7 +222,7 @@ def _expand(e: Emitter, node: Node) -> Any:  # noqa: ANN401
 
 
 def _repeat(e: Emitter, node: Node) -> Any:  # noqa: ANN401
-    source, repeats = source_of(node), list(node.args[1])  # type: ignore[arg-type]
+    source, repeats = source_of(node), list(node.args[1])  # type: ignore[arg-type]  # by the operator's schema
     dims = dims_of(source.meta["val"])
     padded = (*[1] * (len(repeats) - len(dims)), *dims)
     view = reshaped(e, e.view(source), padded)

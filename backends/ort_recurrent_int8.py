@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _lstm(e: Emitter, node: Node) -> Any:  # noqa: ANN401
+def _lstm(e: Emitter, node: Node) -> Any:  # noqa: ANN401 - whatever the translation or the call gives
     layers = read_layers(e, node, "LSTM")
     if layers is None or any(r.plain_scale is None for x in layers for r in (x.w, x.r)):
         return None
@@ -79,7 +79,7 @@ def _plain(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     given = [*node.input]
     made: list[onnx.NodeProto] = []
 
-    def add(operator: str, *inputs: str, **attributes: Any) -> str:  # noqa: ANN401
+    def add(operator: str, *inputs: str, **attributes: Any) -> str:  # noqa: ANN401 - numbers, texts and lists
         name = f"{node.output[0]}.plain{len(made)}"
         made.append(helper.make_node(operator, inputs, [name], **attributes))
         return name

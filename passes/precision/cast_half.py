@@ -195,7 +195,7 @@ class _Caster:
         return (
             is_op(node, aten.to.dtype)
             and node.args[1] is torch.float32
-            and node.args[0].meta["val"].dtype is self.dtype  # type: ignore[union-attr]
+            and node.args[0].meta["val"].dtype is self.dtype  # type: ignore[union-attr]  # by the operator's schema
         )
 
     def cast(self, node: Node) -> None:
@@ -232,7 +232,7 @@ class _Caster:
 
     def _to_half(self, node: Node, reader: Node) -> Node:
         if self._is_back(node):
-            return node.args[0]  # type: ignore[return-value]
+            return node.args[0]  # type: ignore[return-value]  # by the operator's schema
         value = node
         if node in self.ranges.edge:
             limit = torch.finfo(self.dtype).max

@@ -138,7 +138,7 @@ def _try(found: Ranges, node: Node, env: Mapping[Node, Any], dtype: torch.dtype)
     args: Any = map_arg(node.args, lowered)
     kwargs: Any = map_arg(node.kwargs, lowered)
     try:
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = node.target(*args, **kwargs)  # type: ignore[operator]  # an operator
     except (RuntimeError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         found.trouble[node] = f"torch does not compute it in {_name(dtype)}: {first[:120]}"

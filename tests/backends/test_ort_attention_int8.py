@@ -70,7 +70,7 @@ def shared(program: Program) -> Program:
     first: dict[Any, Any] = {}
     for node in [n for n in program.operators if n.target is torch.ops.aten.linear.default]:
         pair = node.args[0]
-        source = pair.args[0].args[0]  # type: ignore[union-attr]
+        source = pair.args[0].args[0]  # type: ignore[union-attr]  # by the operator's schema
         with r.site("share", node):
             r.set_args(node, (first.setdefault(source, pair), *node.args[1:]))
     return r.finish()

@@ -123,8 +123,8 @@ class Chain(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.grids = nn.ModuleList([Grid(-2.5, 3.0), Grid(0.0, 2.0)])
-        self.first = Conv((16, 4, 3, 3), self.grids[0])  # type: ignore[arg-type]
-        self.second = Conv((8, 16, 3, 3), self.grids[1])  # type: ignore[arg-type]
+        self.first = Conv((16, 4, 3, 3), self.grids[0])  # type: ignore[arg-type]  # a tensor or a number
+        self.second = Conv((8, 16, 3, 3), self.grids[1])  # type: ignore[arg-type]  # a tensor or a number
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.second(self.grids[1](F.relu(self.first(self.grids[0](x)))))

@@ -35,7 +35,7 @@ class Between(nn.Module):
 
 def export(module: nn.Module, path: Path, **how: object) -> Artifact:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    artifact = exported(program_of(module, x), path / "net.onnx", **how)  # type: ignore[arg-type]
+    artifact = exported(program_of(module, x), path / "net.onnx", **how)  # type: ignore[arg-type]  # the caller's options
     assert artifact.comparison is not None
     assert artifact.comparison.stepwise is not None
     assert artifact.comparison.stepwise.max_steps <= 1

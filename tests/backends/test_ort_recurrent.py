@@ -27,7 +27,7 @@ class Last(nn.Module):
     def __init__(self, kind: type[nn.RNNBase], given: bool, **how: object) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.rnn = kind(12, 16, **how)  # type: ignore[arg-type]
+        self.rnn = kind(12, 16, **how)  # type: ignore[arg-type]  # the caller's options
         self.start = nn.Buffer(
             torch.randn(self.rnn.num_layers * (1 + self.rnn.bidirectional), 3, 16)
         )
@@ -47,7 +47,7 @@ def with_codes(module: nn.Module, x: Tensor, only: int | None = None) -> Program
     rewriter = Rewriter(program, "codes")
     for node in [n for n in program.operators if is_op(n, aten.lstm.input, aten.gru.input)]:
         position = 2
-        params = list(node.args[position])  # type: ignore[arg-type]
+        params = list(node.args[position])  # type: ignore[arg-type]  # by the operator's schema
         with rewriter.site("codes", node):
             for index, param in enumerate(params):
                 weight = program.constant(param)

@@ -23,8 +23,8 @@ def case(dtype: str, layout: str, seed: int) -> tuple[Tensor, Tensor, Tensor, di
     x = normal((3, 8, 5), seed)
     granularity = "tensor" if axis is None else "block" if block else "channel"
     scheme = QuantScheme(
-        dtype=dtype,  # type: ignore[arg-type]
-        granularity=granularity,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]  # one of a Literal
+        granularity=granularity,  # type: ignore[arg-type]  # one of a Literal
         axis=axis,
         block_size=block,
         symmetric=False,

@@ -17,8 +17,8 @@ def schemes(draw: st.DrawFn, rank: int) -> QuantScheme:
     dtype = draw(DTYPES)
     bits = int(dtype.removeprefix("u").removeprefix("int"))
     return QuantScheme(
-        dtype=dtype,  # type: ignore[arg-type]
-        granularity=granularity,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]  # one of a Literal
+        granularity=granularity,  # type: ignore[arg-type]  # one of a Literal
         symmetric=draw(st.booleans()),
         axis=draw(st.integers(0, rank - 1)) if granularity in ("channel", "block") else None,
         block_size=draw(st.integers(1, 5)) if granularity == "block" else 0,
@@ -63,7 +63,7 @@ def test_errors_fall_as_bits_rise(shape: tuple[int, ...], seed: int, symmetric: 
 def test_zero_is_always_written_exactly(seed: int, dtype: str) -> None:
     x = normal((7, 3), seed) + 5  # all positive
     x[0, 0] = 0
-    scheme = QuantScheme(dtype=dtype, symmetric=False)  # type: ignore[arg-type]
+    scheme = QuantScheme(dtype=dtype, symmetric=False)  # type: ignore[arg-type]  # one of a Literal
     assert float(scheme.fake(x)[0, 0]) == 0
 
 
@@ -136,7 +136,7 @@ def test_shapes_of_scales() -> None:
     }
     for (granularity, axis, block), shape in shapes_of.items():
         scheme = QuantScheme(
-            granularity=granularity,  # type: ignore[arg-type]
+            granularity=granularity,  # type: ignore[arg-type]  # one of a Literal
             axis=axis,
             block_size=block,
         )
@@ -179,7 +179,7 @@ def test_schemes_say_what_they_are() -> None:
 
 def test_storage_of_every_dtype() -> None:
     for name, (low, high, storage) in INTEGERS.items():
-        scheme = QuantScheme(dtype=name)  # type: ignore[arg-type]
+        scheme = QuantScheme(dtype=name)  # type: ignore[arg-type]  # one of a Literal
         assert scheme.storage == storage
         assert scheme.range == (low, high)
         assert scheme.signed == (low < 0)

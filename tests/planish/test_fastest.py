@@ -265,7 +265,7 @@ def test_of_two_about_as_fast_the_more_exact_is_taken(
         f'alternatives={{seven="quantize{{range=minmax,{linear},saturation=reduced}}",'
         f'eight="quantize{{range=minmax,{linear}}}"}},none'
     )
-    first, second = result.report.race.entrants[1:]  # type: ignore[union-attr]
+    first, second = result.report.race.entrants[1:]  # type: ignore[union-attr]  # there was a race
     assert first.score is not None
     assert second.score is not None
     assert second.score.fidelity.sqnr_db > first.score.fidelity.sqnr_db

@@ -106,7 +106,7 @@ def _weight(rewriter: Rewriter, program: Program, node: Node) -> Node:
     weight = program.constant(node.args[1])
     assert weight is not None
     scale, zero = WEIGHT.qparams_of(weight)
-    name = str(node.args[1].target)  # type: ignore[union-attr]
+    name = str(node.args[1].target)  # type: ignore[union-attr]  # by the operator's schema
     codes = WEIGHT.quantize(weight, scale, zero)
     parts = [
         rewriter.constant(t, f"{name}.{n}") for t, n in ((codes, "q"), (scale, "s"), (zero, "z"))

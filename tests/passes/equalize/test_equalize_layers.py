@@ -172,7 +172,7 @@ def test_what_is_balanced_stays_and_options_round_trip() -> None:
     module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
     with torch.no_grad():
         for conv in (module[0], module[1]):
-            conv.weight.fill_(1.0)  # type: ignore[operator]
+            conv.weight.fill_(1.0)  # type: ignore[operator]  # a parameter, no module
     refuses(module, (X,), EqualizeLayers(), "balanced already")
     text = "equalize-layers{clamp=per-channel,sweeps=3}"
     assert str(Recipe.parse(text)) == text

@@ -25,8 +25,8 @@ class Block(nn.Module):
         self.linear = nn.Linear(6, 6)
         if norm is None:
             with torch.no_grad():
-                self.norm.weight.copy_(torch.tensor([10.0, 1, -2, 0.5, 3, 1e-9]))  # type: ignore[operator]
-                self.norm.bias.copy_(torch.randn(6))  # type: ignore[operator]
+                self.norm.weight.copy_(torch.tensor([10.0, 1, -2, 0.5, 3, 1e-9]))  # type: ignore[operator]  # a parameter, no module
+                self.norm.bias.copy_(torch.randn(6))  # type: ignore[operator]  # a parameter, no module
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)

@@ -270,7 +270,7 @@ def test_other_readers_of_a_weight_and_options_survive() -> None:
     program, context = _captured(PreNorm(), X)
     only = run_checked(program, SmoothQuant(where=Where(include=("gate",))), context)
     # `up` is no chosen product, so it is compensated like any other reader.
-    assert torch.equal(only.program.constants["up.weight"], program.constants["up.weight"])  # type: ignore[arg-type]
+    assert torch.equal(only.program.constants["up.weight"], program.constants["up.weight"])  # type: ignore[arg-type]  # a tensor, no module
 
 
 def test_padding_has_no_part_in_the_scale() -> None:

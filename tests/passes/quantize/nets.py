@@ -60,7 +60,7 @@ def calibrated(program: Program, batches: int = 4) -> PassContext:
     ]
     remarks: list[str] = []
     context = PassContext(calibration=spool(inputs, program), remark=remarks.append)
-    context.remarks = remarks  # type: ignore[attr-defined]
+    context.remarks = remarks  # type: ignore[attr-defined]  # for the tests to read
     return context
 
 

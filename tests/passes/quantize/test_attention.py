@@ -45,13 +45,13 @@ def heads(*counts: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}])
 def test_plain_attention(options: dict[str, Any]) -> None:
-    f = lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, **options)  # noqa: E731
+    f = lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, **options)  # noqa: E731 - one line says it
     opened(captured(f, *heads(4, 4, 4)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_grouped_heads(causal: bool) -> None:
-    f = lambda m, q, k, v: F.scaled_dot_product_attention(  # noqa: E731
+    f = lambda m, q, k, v: F.scaled_dot_product_attention(  # noqa: E731 - one line says it
         q, k, v, enable_gqa=True, is_causal=causal
     )
     opened(captured(f, *heads(4, 2, 2)))
@@ -67,7 +67,7 @@ def test_grouped_heads(causal: bool) -> None:
     ],
 )
 def test_masks_and_queries_without_keys(mask: Tensor) -> None:
-    f = lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.mask)  # noqa: E731
+    f = lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, m.mask)  # noqa: E731 - one line says it
     program = captured(f, *heads(2, 2, 2), mask=mask)
     result = opened(program)
     (found,) = run(result, program.samples[0])
@@ -75,7 +75,7 @@ def test_masks_and_queries_without_keys(mask: Tensor) -> None:
 
 
 def test_a_mask_that_is_an_input_is_not_trusted_to_leave_keys() -> None:
-    f = lambda m, q, mask: F.scaled_dot_product_attention(q, q, q, mask)  # noqa: E731
+    f = lambda m, q, mask: F.scaled_dot_product_attention(q, q, q, mask)  # noqa: E731 - one line says it
     mask = torch.zeros(2, 1, 5, 5)
     mask[0, :, :2] = -math.inf
     program = captured(f, normal(2, 2, 5, 4), mask)
@@ -107,7 +107,7 @@ def test_lengths_stay_dynamic() -> None:
 
 
 def test_patterns_of_the_attention_hold_for_its_products() -> None:
-    f = lambda m, q, k, v: m.fc(F.scaled_dot_product_attention(q, k, v))  # noqa: E731
+    f = lambda m, q, k, v: m.fc(F.scaled_dot_product_attention(q, k, v))  # noqa: E731 - one line says it
     program = captured(f, *heads(2, 2, 2), fc=linear(8, 8))
     for pattern in ("aten.scaled_dot_product_attention", "scaled_dot_product_attention"):
         where = Where(include=(pattern,))
@@ -120,7 +120,7 @@ def test_patterns_of_the_attention_hold_for_its_products() -> None:
 
 
 def test_weights_alone_leave_attention_whole() -> None:
-    f = lambda m, q, k, v: m.fc(F.scaled_dot_product_attention(q, k, v))  # noqa: E731
+    f = lambda m, q, k, v: m.fc(F.scaled_dot_product_attention(q, k, v))  # noqa: E731 - one line says it
     program = captured(f, *heads(2, 2, 2), fc=linear(8, 8))
     result = run_checked(program, Quantize(mode="weight", attention=False))
     assert [change.rule for change in result.changes] == ["quantize-linear"]

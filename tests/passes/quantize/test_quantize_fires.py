@@ -71,7 +71,7 @@ def test_a_dynamic_linear_with_a_scale_for_each_token() -> None:
           %5: f32[3, 4] = planish.dequantize(@fc.weight_int8, @fc.weight_scale, @fc.weight_zero_point, dtype='int8', axis=0)
           %6: f32[5, 3] = aten.linear(%4, %5, @fc.bias)
           return %6
-        """,  # noqa: E501
+        """,  # noqa: E501 - lines of a printed program
         changes=1,
     )
 
@@ -82,7 +82,7 @@ def test_weights_in_blocks_of_four_bits() -> None:
     check(
         program,
         (),
-        Quantize(mode="weight", **options),  # type: ignore[arg-type]
+        Quantize(mode="weight", **options),  # type: ignore[arg-type]  # the caller's options
         """
         program(%inputs_0: f32[5, 4])
           const @fc.bias: f32[3]
@@ -92,7 +92,7 @@ def test_weights_in_blocks_of_four_bits() -> None:
           %0: f32[3, 4] = planish.dequantize(@fc.weight_uint4, @fc.weight_scale, @fc.weight_zero_point, dtype='uint4', axis=1, block_size=2)
           %1: f32[5, 3] = aten.linear(%inputs_0, %0, @fc.bias)
           return %1
-        """,  # noqa: E501
+        """,  # noqa: E501 - lines of a printed program
         changes=1,
     )
 

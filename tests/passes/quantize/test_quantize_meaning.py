@@ -74,7 +74,7 @@ def test_outputs_are_off_by_no_more_than_their_operands(seed: int, mode: str, bi
     x = normal(6, 7, seed=seed)
     program = captured(lambda m, x: m.fc(x), x, fc=layer)
     context = PassContext(calibration=spool([(x,)], program))
-    pass_ = Quantize(mode=mode)  # type: ignore[arg-type]
+    pass_ = Quantize(mode=mode)  # type: ignore[arg-type]  # one of a Literal
     result = run_checked(program, pass_, context)
     w = layer.weight.detach()
     dw = w.abs().amax(1, keepdim=True) / 127 / 2
@@ -183,7 +183,7 @@ def test_searched_ranges_never_raise_the_error() -> None:
         for symmetric in (False, True):
             scheme = QuantScheme(
                 dtype="int4",
-                granularity=granularity,  # type: ignore[arg-type]
+                granularity=granularity,  # type: ignore[arg-type]  # one of a Literal
                 axis=axis,
                 block_size=block,
                 symmetric=symmetric,
@@ -252,7 +252,7 @@ def test_depthwise_weights_have_channels_instead_of_blocks() -> None:
     depthwise = seeded(lambda: nn.Conv2d(4, 4, 3, groups=4))
     program = captured(lambda m, x: m.c(x), normal(1, 4, 6, 6), c=depthwise)
     options = {"granularity": "block", "block_size": 32, "weights": "int4"}
-    pass_ = Quantize(mode="weight", **options)  # type: ignore[arg-type]
+    pass_ = Quantize(mode="weight", **options)  # type: ignore[arg-type]  # the caller's options
     result = run_checked(program, pass_)
     scale = result.program.constants["c.weight_scale"]
     assert isinstance(scale, Tensor)
@@ -297,7 +297,7 @@ def test_padding_is_found_by_the_name_of_its_mask() -> None:
         context: Any = calibrated(program)
         context.calibration = spool([(x, given_mask)], program)
         result = run_checked(program, Quantize(), context).program
-        scales[name] = float(result.constants["x_scale"])  # type: ignore[arg-type]
+        scales[name] = float(result.constants["x_scale"])  # type: ignore[arg-type]  # a tensor, no module
         told = "ranges leave out padding, where attention_mask is 0" in context.remarks
         assert told == (name == "whole")
     assert scales["whole"] < 0.1 < 3 < scales["to add"]

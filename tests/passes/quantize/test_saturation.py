@@ -112,7 +112,7 @@ def test_the_rows_of_every_product_give_its_result() -> None:
         scale, zero = (program.constant(a) for a in mixed.codes.args[1:3])
         rows = rows_of(mixed, values[mixed.codes], zero_point_of(mixed, program))
         sums = [
-            (x.double() - float(zero)) @ w.double().T  # type: ignore[arg-type]
+            (x.double() - float(zero)) @ w.double().T  # type: ignore[arg-type]  # a tensor or a number
             for x, w in zip(rows, mixed.weight, strict=True)
         ]
         weight, bias = argument(mixed.node, "weight"), argument(mixed.node, "bias")

@@ -95,7 +95,7 @@ def test_the_outputs_are_never_worse_than_to_the_nearest(
     rows = torch.randn(6, 9, generator=generator)
     x = torch.randn(groups, 20, 9, generator=generator) + 1
     h = (x.transpose(1, 2) @ x).double()
-    scheme = QuantScheme(dtype=dtype, granularity="channel", axis=0)  # type: ignore[arg-type]
+    scheme = QuantScheme(dtype=dtype, granularity="channel", axis=0)  # type: ignore[arg-type]  # one of a Literal
     codes, gain = adaround(rows, h, scheme, Learning(iterations=30), damping=0.0)
     nearest = quantize_weight(rows, scheme, search=dtype == "int4")
     errors = [
@@ -146,7 +146,7 @@ def test_all_layers_become_codes_that_quantize_leaves_alone() -> None:
     assert sorted(codes) == ["deep.codes", "head.codes", "point.codes"]
     quantized = Quantize().run(result.program.clone(), context).program
     for name, value in codes.items():
-        assert torch.equal(quantized.constants[name], value)  # type: ignore[arg-type]
+        assert torch.equal(quantized.constants[name], value)  # type: ignore[arg-type]  # a tensor, no module
 
 
 def test_it_is_nearer_to_the_outputs_than_the_nearest() -> None:

@@ -88,7 +88,7 @@ def test_the_error_is_below_that_of_rounding(rounding: str) -> None:
     (exact,) = run(program, sample)
     result = run_checked(
         program,
-        Awq(rounding=rounding),  # type: ignore[arg-type]
+        Awq(rounding=rounding),  # type: ignore[arg-type]  # one of a Literal
         calibrated(program),
     )
     plain = RoundWeights(dtype="uint4").run(program.clone(), PassContext()).program

@@ -61,7 +61,7 @@ def _quantized(module: nn.Module, x: Tensor, **options: str) -> tuple[Program, P
     floating = capture(module.eval(), (x,), {})
     context = PassContext(calibration=spool([(x,), (x.flip(0),)], floating))
     context.float_program = floating.clone
-    quantized = Quantize(weights="int4", **options).run(floating.clone(), context)  # type: ignore[arg-type]
+    quantized = Quantize(weights="int4", **options).run(floating.clone(), context)  # type: ignore[arg-type]  # the caller's options
     return quantized.program, context
 
 
@@ -137,13 +137,13 @@ def test_later_layers_are_corrected_with_the_earlier_ones_corrected() -> None:
     alone = CorrectBias(where=Where(include=("second",))).run(program.clone(), context).program
     names = [n for n in whole.constants if n.startswith("second.bias") and "scale" not in n]
     one, other = ([p.constants[n] for n in names] for p in (whole, alone))
-    assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
+    assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]  # a tensor, no module
     assert _bias_error(alone, context, X, 1) < _bias_error(program, context, X, 1) / 20
 
 
 def test_padding_has_no_part_in_the_means() -> None:
     class Masked(Linears):
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # takes a mask as well
             return super().forward(x) * mask.unsqueeze(-1)
 
     x, mask = X.flatten(2).transpose(1, 2).contiguous(), torch.ones(8, 100)
@@ -157,7 +157,7 @@ def test_padding_has_no_part_in_the_means() -> None:
         context.float_program = floating.clone
         program = Quantize(padding_mask="mask").run(floating.clone(), context).program
         found.append(CorrectBias(padding_mask="mask").run(program, context).program)
-    same = [torch.equal(a, found[1].constants[n]) for n, a in found[0].constants.items()]  # type: ignore[arg-type]
+    same = [torch.equal(a, found[1].constants[n]) for n, a in found[0].constants.items()]  # type: ignore[arg-type]  # a tensor, no module
     assert all(same)
 
 

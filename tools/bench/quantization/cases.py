@@ -163,7 +163,7 @@ class DinoFeatures(nn.Module):
 
 
 def _dino() -> nn.Module:
-    return DinoFeatures(real_nets.load_dinov2().backbone).eval()  # type: ignore[arg-type]
+    return DinoFeatures(real_nets.load_dinov2().backbone).eval()  # type: ignore[arg-type]  # a module
 
 
 def _dino_held() -> list[Inputs]:

@@ -176,7 +176,7 @@ class _Maker:
         self._try(PORTABLE, lambda: self._portable(model))
         for method in ("int8", *(("weights8", "weights4") if "gpt2" in self.case.name else ())):
             name = f"NNCF {method}, OpenVINO"
-            self._try(name, lambda m=method, n=name: self._nncf(m, n, plain))  # type: ignore[misc]
+            self._try(name, lambda m=method, n=name: self._nncf(m, n, plain))  # type: ignore[misc]  # bound at once
         if static.exists():
             name = "ORT quantize_static, OpenVINO"
             self._try(name, lambda: self._there(name, static))
@@ -198,7 +198,7 @@ class _Maker:
         """A sample of batch 2, so that no dimension looks like a constant 1."""
         return tuple(torch.cat([t, t]) for t in self.timed)
 
-    def _optimized(self, model: torch.nn.Module, recipe: str, target: str) -> Any:  # noqa: ANN401
+    def _optimized(self, model: torch.nn.Module, recipe: str, target: str) -> Any:  # noqa: ANN401 - whatever the translation or the call gives
         import planish
 
         return planish.optimize(
