@@ -8,7 +8,7 @@ are tracked, so that a caller short of memory can ask for few at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any
 
@@ -48,10 +48,7 @@ def gradients(
         UsageError: a batch does not fit the program, the loss is no finite scalar or does not
             depend on the weights, or a gradient is not finite; names the batch.
     """
-    labeled, loss = context.labeled, context.loss
-    missing = [f.value for f, v in ((Fact.LABELS, labeled), (Fact.LOSS, loss)) if v is None]
-    if labeled is None or loss is None:
-        raise RequirementError("gradients of the loss are needed", hint="; ".join(missing))
+    labeled, loss = _required(context)
     known: dict[str, Any] = {**program.constants, **(constants or {})}
     leaves: dict[str, Tensor] = {n: known[n].detach().clone().requires_grad_() for n in names}
     known.update(leaves)
@@ -75,6 +72,29 @@ def gradients(
         yield result
     if not read:
         raise UsageError("labeled gave no batch", hint="a generator can be read only once")
+
+
+def count_batches(context: PassContext) -> int:
+    """How many labeled batches there are; they are read through where they do not say.
+
+    Raises:
+        RequirementError: there are no labeled batches, or there is no loss.
+        UsageError: labeled can be read only once, or gives no batch.
+    """
+    labeled, _ = _required(context)
+    again = _again(labeled)
+    count = len(labeled) if isinstance(labeled, Sized) else sum(1 for _ in again)
+    if not count:
+        raise UsageError("labeled gave no batch", hint="give batches of inputs and labels")
+    return count
+
+
+def _required(context: PassContext) -> tuple[Iterable[Any], Callable[[Any, Any], Tensor]]:
+    labeled, loss = context.labeled, context.loss
+    missing = [f.value for f, v in ((Fact.LABELS, labeled), (Fact.LOSS, loss)) if v is None]
+    if labeled is None or loss is None:
+        raise RequirementError("gradients of the loss are needed", hint="; ".join(missing))
+    return labeled, loss
 
 
 def inputs_of(program: Program, batch: object, where: str) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ Requires:     calibrated inputs for wanda, obc and sparsegpt; labeled batches an
 Contract:     lossy; the constant is typed (``sparse<2:4, axis=1>``), which is checked after every
               later pass.
 Cost:         magnitude, wanda: O(O I log I). sparsegpt: O(I^3 + O I^2), obc: O(O I^3) per layer.
+              fisher, undecayed: N gradients. woodfisher: these, and O(N O I block_size).
 Failures:     a reduction axis that the groups do not divide is refused; so is a weight that is
               looked up in as well, unless ``tied``.
 Source:       see the methods: scores, obc, sparsegpt, woodfisher.
@@ -16,12 +17,14 @@ Source:       see the methods: scores, obc, sparsegpt, woodfisher.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.quantize.where import Where
+from planish.passes.sparsify.gradual import prune_by_loss
+from planish.passes.sparsify.judging import How, check_options
 from planish.passes.sparsify.methods import LAYER_METHODS, Score
 from planish.passes.sparsify.patterns import Pattern
 from planish.passes.sparsify.sequence import prune_in_sequence
@@ -36,7 +39,18 @@ class Sparsify(Pass):
         pattern: ``2:4`` (any N:M), ``4x4`` (any blocks) or ``unstructured``.
         score: how weights are ranked, and repaired.
         ratio: the share that goes, for blocks and unstructured.
-        damping: share of the mean of diag H that is added to it; None for the method's own.
+        damping: share of the mean of diag H that is added to it; of the Fisher matrix what is
+            added itself, so that it means the same in all layers (1e-5; 0.1 with ``taylor``; 0 for
+            fisher). None for the method's own.
+        scope: rank the weights of each "layer" by themselves, or all in one "global" order; None
+            for global where scores are of the loss (woodfisher, fisher, undecayed). Groups are
+            always ranked by themselves.
+        steps: times that gradients are read anew on the way to the ratio (see gradual).
+        block_size: entries of a block of the Fisher matrix, for woodfisher; raised to the next
+            multiple of M.
+        taylor: woodfisher with its gradient term, for a model whose training has not ended.
+        decay: the weight decay of the training, for undecayed.
+        gradients: how many are planned, one for each labeled batch; None for all.
         tied: also weights that are embedding tables as well.
         padding_mask: input that is 1 for tokens and 0 for padding, which is left out of H.
         where: a choice among the operators.
@@ -44,15 +58,22 @@ class Sparsify(Pass):
 
     name: ClassVar[str] = "sparsify"
     contract: ClassVar[Contract] = Contract.LOSSY
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.LABELS, Fact.LOSS})
     source: ClassVar[tuple[str, ...]] = (
         "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024",
+        "Singh, Alistarh, WoodFisher: Efficient Second-Order Approximation, NeurIPS 2020",
     )
 
     pattern: str = "2:4"
     score: Score = "magnitude"
     ratio: float = 0.5
     damping: float | None = None
+    scope: Literal["layer", "global"] | None = None
+    steps: int = 1
+    block_size: int = 64
+    taylor: bool = False
+    decay: float = 5e-4
+    gradients: int | None = None
     tied: bool = False
     padding_mask: str = ""
     where: Where = field(default_factory=Where)
@@ -61,25 +82,54 @@ class Sparsify(Pass):
         Pattern.parse(self.pattern)
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio is {self.ratio}, not between 0 and 1: the share that goes")
+        if self.score in LAYER_METHODS and self.score != "magnitude" and self.scope == "global":
+            raise ValueError(f"{self.score} scores the output of one layer: use scope=layer")
+        if self.steps < 1 or (self.steps > 1 and self.score in LAYER_METHODS):
+            raise ValueError(
+                f"steps is {self.steps}: at least 1, and more only for woodfisher, fisher and "
+                "undecayed, whose gradients are read anew"
+            )
+        check_options(self.how())
+
+    def how(self) -> How:
+        """The options of scores that are of the loss."""
+        m = Pattern.parse(self.pattern).m
+        return How(
+            self.score,
+            -(-self.block_size // m) * m,
+            self.damping,
+            self.decay,
+            self.taylor,
+            self.gradients,
+        )
 
     def needs(self) -> frozenset[Fact]:
-        """Calibration, but for magnitude."""
-        return frozenset() if self.score == "magnitude" else self.requires
+        """Nothing for magnitude, calibration or else labels and a loss for the others."""
+        if self.score == "magnitude":
+            return frozenset()
+        calibrated = frozenset({Fact.CALIBRATED})
+        return calibrated if self.score in LAYER_METHODS else self.requires - calibrated
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Prune every weight, in program order."""
         pattern = Pattern.parse(self.pattern)
         sites, refusals = find_sites(program, pattern, self.where, tied=self.tied)
         rewriter = Rewriter(program, self.name, context.sites)
-        prune_in_sequence(
-            rewriter,
-            required(sites, refusals, pattern),
-            context,
-            pattern,
-            {site.name: self.ratio for site in sites},
-            LAYER_METHODS[self.score],
-            reads_inputs=Fact.CALIBRATED in self.needs(),
-            damping=self.damping,
-            padding_mask=self.padding_mask,
-        )
+        ratios = {site.name: self.ratio for site in required(sites, refusals, pattern)}
+        if self.score not in LAYER_METHODS or self.scope == "global":
+            together, how = self.scope != "layer", self.how()
+            prune_by_loss(rewriter, sites, context, pattern, ratios, how,
+                          together=together, steps=self.steps)  # fmt: skip
+        else:
+            prune_in_sequence(
+                rewriter,
+                sites,
+                context,
+                pattern,
+                ratios,
+                LAYER_METHODS[self.score],
+                reads_inputs=Fact.CALIBRATED in self.needs(),
+                damping=self.damping,
+                padding_mask=self.padding_mask,
+            )
         return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))
