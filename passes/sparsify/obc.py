@@ -11,8 +11,9 @@ Cost:         O(O I^3) at most (N:M: a third of that), O(rows I^2) memory for th
 Numbers:      the search for the mask runs in float32 after a float64 inverse: in the units used a
               diagonal entry of H^-1 is at least 1, so that drift is seen, and bounded. The
               weights themselves are solved for the mask found, in float64.
-Failures:     greedy, hence not the best mask; of unstructured rows and blocks each row's losses
-              may fall, so that they are made monotone before rows are compared.
+Failures:     greedy, hence not the best mask; of a layer with a few inputs even magnitude's may
+              be better. Of unstructured rows and of blocks a row's losses may fall, so that they
+              are made monotone before rows are compared.
 Source:       Frantar, Singh, Alistarh, "Optimal Brain Compression", NeurIPS 2022, sections 4, 5;
               the set score inside of groups: Kurtic et al., "The Optimal BERT Surgeon", 2022.
 """

@@ -61,11 +61,14 @@ class Sparsify(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CALIBRATED, Fact.LABELS, Fact.LOSS})
     source: ClassVar[tuple[str, ...]] = (
         "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024",
+        "Frantar, Singh, Alistarh, Optimal Brain Compression, NeurIPS 2022",
+        "Frantar, Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in "
+        "One-Shot, ICML 2023",
         "Singh, Alistarh, WoodFisher: Efficient Second-Order Approximation, NeurIPS 2020",
     )
 
     pattern: str = "2:4"
-    score: Score = "magnitude"
+    score: Score = "sparsegpt"
     ratio: float = 0.5
     damping: float | None = None
     scope: Literal["layer", "global"] | None = None
