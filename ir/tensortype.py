@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -62,6 +62,35 @@ class SparseLayout:
             return f"sparse<{self.n}:{self.m}, axis={self.axis}>"
         blocks = "" if self.block == (1, 1) else " blocks {}x{}".format(*self.block)
         return f"sparse<{self.n} of {self.m}{blocks}>"
+
+
+def stacked_layout(
+    layouts: Sequence[SparseLayout | None], shapes: Sequence[Sequence[int]]
+) -> tuple[SparseLayout | None, str | None]:
+    """The layout of weights laid one below the other (along axis 0), and why there is none.
+
+    Args:
+        layouts: what each claims.
+        shapes: of each, in the same order.
+    """
+    first = layouts[0]
+    differ = "the weights differ in sparse layout"
+    if first is None or None in layouts:
+        return None, None if all(claim is None for claim in layouts) else differ
+    claims = [claim for claim in layouts if claim is not None]
+    if any((c.axis is None) != (first.axis is None) or c.block != first.block for c in claims):
+        return None, differ
+    rows = [shape[0] for shape in shapes[:-1]]
+    if first.axis is not None:
+        if any(c != first for c in claims):
+            return None, differ
+        if first.axis % len(shapes[0]) == 0 and any(count % first.m for count in rows):
+            return None, f"the groups of {first} would straddle two weights"
+        return first, None
+    if any(count % first.block[0] for count in rows):
+        return None, f"the blocks of {first} would straddle two weights"
+    n, m = sum(c.n for c in claims), sum(c.m for c in claims)
+    return SparseLayout(n, m, None, first.block), None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from planish.ir.ops import argument, op_name
 from planish.ir.program import Program
-from planish.ir.quantscheme import INTEGERS
+from planish.ir.quantscheme import INTEGERS, spread
 from planish.ir.tensortype import SparseLayout, dtype_name
 from planish.ir.verify_rules import Fault, Subject
 
@@ -24,30 +24,57 @@ def sparse_layouts(subject: Subject) -> Iterator[Fault]:
         if not isinstance(value, Tensor):
             yield Fault(f"the constant {name!r} is no tensor, and claims {layout}")
             continue
+        codes = not value.is_floating_point() and not value.is_complex()
         checked = since is not None and since.layouts.get(name) == layout
-        if checked and name not in subject.new_constants:
-            continue
-        problem = layout_problem(value, layout)
+        if checked and not codes and name not in subject.new_constants:
+            continue  # of integers, the zero points may be new
+        zeros = _zero_points(program, name, value) if codes else [None]
+        problem = None if zeros else "the zero point of its integers is computed"
+        for zero in zeros:
+            problem = problem or layout_problem(value, layout, zero)
         if problem:
             yield Fault(f"the constant {name!r} claims {layout}, but {problem}")
 
 
-def layout_problem(value: Tensor, layout: SparseLayout) -> str | None:
+def _zero_points(program: Program, name: str, value: Tensor) -> list[Tensor | None]:
+    """The integers that stand for zero, by each ``dequantize`` that reads a constant.
+
+    Where none does, it is the integer 0, as None; where one is computed, there is no answer: [].
+    """
+    found: list[Tensor | None] = []
+    for node in program.graph.find_nodes(op="get_attr"):
+        for user in node.users if node.target == name else ():
+            if op_name(user.target) != "planish.dequantize" or user.args[0] is not node:
+                continue
+            zero = known_value(program, argument(user, "zero_point"))
+            if zero is None:
+                return []
+            axis, block = argument(user, "axis"), argument(user, "block_size")
+            found.append(spread(zero, value, axis, block).to(torch.int32))
+    return found or [None]
+
+
+def layout_problem(value: Tensor, layout: SparseLayout, zero: Tensor | None = None) -> str | None:
     """Say why a tensor does not have a layout, or None where it does.
 
     A last group of fewer than ``m`` entries may also hold ``n`` nonzeros, and a last block may be
     smaller.
+
+    Args:
+        value: any tensor.
+        layout: what it claims.
+        zero: which integers stand for zero, in a shape that broadcasts to ``value``; None for 0.
     """
+    nonzero = value != (0 if zero is None else zero)
     least = 0 if layout.axis is None else 1
     if not least <= layout.n <= layout.m or (layout.axis is not None and layout.block != (1, 1)):
         return f"{layout.n}:{layout.m} is no layout"
     if layout.axis is None:
-        return _spread_problem(value != 0, layout)
+        return _spread_problem(nonzero, layout)
     if not -value.dim() <= layout.axis < value.dim():
         return f"it has only {value.dim()} axes"
     axis = layout.axis % value.dim()
     whole = value.shape[axis] // layout.m * layout.m
-    nonzero = value != 0
     groups = nonzero.narrow(axis, 0, whole).unflatten(axis, (-1, layout.m))
     crowded = int((groups.sum(axis + 1) > layout.n).sum())
     tail = nonzero.narrow(axis, whole, value.shape[axis] - whole)

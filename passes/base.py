@@ -139,6 +139,8 @@ class Pass(ABC):
         requires: facts the pipeline checks before the pass runs; ``needs`` may ask for fewer.
         source: papers, "Author, Title, venue year, section".
         holds_out: whether it judges by calibration inputs that no other pass sees.
+        gives_up_sparsity: whether it may let an operator whose weight was typed sparse read one
+            that is not; every other pass that does is stopped.
     """
 
     name: ClassVar[str]
@@ -146,6 +148,7 @@ class Pass(ABC):
     requires: ClassVar[frozenset[Fact]] = frozenset()
     source: ClassVar[tuple[str, ...]] = ()
     holds_out: ClassVar[bool] = False
+    gives_up_sparsity: ClassVar[bool] = False
 
     def needs(self) -> frozenset[Fact]:
         """The facts that this pass requires with the options it has: ``requires``, or fewer."""

@@ -25,6 +25,7 @@ from planish.passes.base import Contract, PassResult
 from planish.passes.debug.ancestry import Ancestry
 from planish.passes.debug.attribution import Sweep, with_errors
 from planish.passes.debug.lineage import stands
+from planish.passes.sparse_claims import check_claims
 from planish.passes.steps import Instrument, Run, Step
 from planish.passes.unchanged import Proof
 
@@ -44,11 +45,12 @@ class VerifyEach(Instrument):
         self.at_end = at_end
 
     def after_pass(self, step: Step, result: PassResult) -> None:
-        """Verify what changed.
+        """Verify what changed, and that sparse weights stayed typed so.
 
         Raises:
             VerificationError: an invariant is broken.
         """
+        check_claims(step, result)  # even at_end: layouts come and go in between
         if step.record.changed and not self.at_end:
             verify(result.program, since=step.before)
 

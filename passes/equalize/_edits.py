@@ -28,7 +28,8 @@ def scale_maker(rewriter: Rewriter, maker: Node, factor: Tensor) -> None:
     if weight is not None:
         scaled = weight.double() * (exact[:, None] if linear else exact)
         name = str(argument(maker, "weight").target)
-        new["weight"] = rewriter.constant(scaled.to(weight.dtype), name, like=maker)
+        layout = program.layouts.get(name)
+        new["weight"] = rewriter.constant(scaled.to(weight.dtype), name, like=maker, layout=layout)
     else:
         name = f"{maker.name}.weight"
         new["weight"] = rewriter.constant(factor.to(maker.meta["val"].dtype), name, like=maker)
@@ -44,7 +45,8 @@ def scale_inputs(rewriter: Rewriter, product: Node, weight: Weight, factor: Tens
     """Multiply the weights of each input channel of a product by ``factor`` [I]."""
     rewriter.insert_before(product)
     scaled = weight.from_rows((weight.rows().double() * factor.double()).to(weight.value.dtype))
-    new = rewriter.constant(scaled, weight.name, like=weight.sources[0])
+    layout = weight.layout
+    new = rewriter.constant(scaled, weight.name, like=weight.sources[0], layout=layout)
     redirect(rewriter, product, weight.sources, new)
 
 

@@ -173,7 +173,13 @@ def _scaled(rewriter: Rewriter, node: Node, role: str, change: Callable[[Tensor]
     if value is None:
         return
     rewriter.insert_before(node)
-    new = rewriter.constant(change(value.double()).to(value.dtype), str(source.target), like=source)
+    name = str(source.target)
+    new = rewriter.constant(
+        change(value.double()).to(value.dtype),
+        name,
+        like=source,
+        layout=rewriter.program.layouts.get(name),  # it only scales: zeros stay
+    )
     args = [new if a is source else a for a in node.args]
     kwargs = {k: new if a is source else a for k, a in node.kwargs.items()}
     rewriter.set_args(node, args, kwargs)

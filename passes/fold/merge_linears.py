@@ -7,9 +7,9 @@ Rewrite:
     V W contracts the channels between: (V W)[g,o,i,..] = sum_h V[g,o,h,..] W[g,h,i,..]
 Shapes:       linear: W [H, I], V [O, H]; convolution in G groups: W [H, I/G, *k], V [O, H/G, *l],
               of which k or l is all 1 with stride 1 and no padding.
-Requires:     constant weights, not shared; nothing else reads the first layer; the same number of
-              groups; the merged weight smaller than the two together. Where the second
-              convolution pads, b = 0, for the padded zeros come after it.
+Requires:     constant weights, not shared, none typed sparse; nothing else reads the first layer;
+              the same number of groups; the merged weight smaller than the two together. Where
+              the second convolution pads, b = 0, for the padded zeros come after it.
 Contract:     exact: the product is computed in float64 and rounded once.
 Cost:         one operator less, and H (I + O) - I O multiplications per position less.
 Fails:        never; numbers that the weight's type cannot hold are a refusal.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planish.ir.ops import is_op
+from planish.ir.ops import argument, is_op
 from planish.ir.pattern import Match, Refusal, Rule
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
@@ -83,7 +83,7 @@ class MergeLayers(Rule):
                 return self.refuse(node, layer)
         assert isinstance(first, Layer)
         assert isinstance(second, Layer)
-        reason = _mismatch(first, second)
+        reason = _mismatch(first, second) or _sparse(first, second, program)
         if reason is not None:
             return self.refuse(node, reason)
         base, other = (first, second) if second.is_pointwise else (second, first)
@@ -123,6 +123,15 @@ def _mismatch(first: Layer, second: Layer) -> str | None:
     for layer in (first, second):
         if layer.shared_with is not None:
             return f"a weight is shared with {describe(layer.shared_with)}"
+    return None
+
+
+def _sparse(first: Layer, second: Layer, program: Program) -> str | None:
+    """Why two layers stay two: a product of matrices has no zeros where its factors had some."""
+    for layer in (first, second):
+        name = str(getattr(argument(layer.node, "weight"), "target", ""))
+        if name in program.layouts:
+            return f"@{name} is {program.layouts[name]}, which the merged weight would not be"
     return None
 
 

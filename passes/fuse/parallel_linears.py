@@ -31,6 +31,7 @@ from planish.ir.ops import argument, aten, is_op
 from planish.ir.pattern import Match, Refusal, Rule
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
+from planish.ir.tensortype import stacked_layout
 from planish.passes.base import Contract, Pass, PassContext, PassResult
 
 
@@ -115,15 +116,18 @@ class WidenLinear(Rule):
         if len(fitting) < max(2, self.min_linears):
             return self.refuse(node, self._why(readers, fitting, program))
         weights = [_weight(linear, program) for linear in fitting]
-        layouts = {program.layouts.get(str(linear.args[1].target)) for linear in fitting}  # type: ignore[union-attr]
-        if len(layouts) > 1:
-            return self.refuse(node, "the weights differ in sparse layout")
+        fitting = sorted(fitting)  # the order in which they are stacked
+        layouts = [program.layouts.get(str(linear.args[1].target)) for linear in fitting]  # type: ignore[union-attr]
+        shapes = [tuple(_weight(linear, program).shape) for linear in fitting]
+        joint, problem = stacked_layout(layouts, shapes)
+        if problem is not None:
+            return self.refuse(node, problem)
         features = sum(weight.shape[0] for weight in weights)
         if self.max_features and features > self.max_features:
             return self.refuse(
                 node, f"together they have {features} features, more than {self.max_features}"
             )
-        parts = {"x": x, "linears": sorted(fitting), "layout": layouts.pop()}
+        parts = {"x": x, "linears": sorted(fitting), "layout": joint}
         return Match(min(fitting), parts)
 
     def rewrite(self, match: Match, rewriter: Rewriter) -> None:

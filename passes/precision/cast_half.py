@@ -224,7 +224,10 @@ class _Caster:
             name = str(node.target)
             if name not in self._constants:  # later readers come later in the graph, too
                 lowered = saturated(known, self.dtype)
-                self._constants[name] = self.rewriter.constant(lowered, name, like=reader)
+                layout = self.rewriter.program.layouts.get(name)  # a zero stays one
+                self._constants[name] = self.rewriter.constant(
+                    lowered, name, like=reader, layout=layout
+                )
             return self._constants[name]
         if node not in self._lowered:
             self._lowered[node] = self._to_half(node, reader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -151,6 +152,8 @@ class Inserter:
         value = self.rewriter.program.constant(source)
         assert value is not None  # operands_of looked
         scheme = weight_scheme(self.weights, weight.axis, weight.inner, tuple(value.shape))
+        if str(source.target) in self.rewriter.program.layouts and scheme.symmetric:
+            scheme = replace(scheme, narrow=scheme.signed)
         key = (str(source.target), scheme)
         if key in self._constants:
             return self._constants[key][0]
@@ -186,7 +189,7 @@ class Inserter:
 
     def _constant(self, source: Node, codes: Codes) -> Node:
         name, rewriter = str(source.target), self.rewriter
-        layout = rewriter.program.layouts.get(name) if codes.scheme.symmetric else None
+        layout = rewriter.program.layouts.get(name)
         scheme = codes.scheme
         q = rewriter.constant(codes.codes, f"{name}_{scheme.dtype}", like=source, layout=layout)
         scale = rewriter.constant(codes.scale, f"{name}_scale", like=source)

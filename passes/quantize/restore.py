@@ -23,6 +23,7 @@ from planish.ir.ops import argument, declared_arguments, is_op, node_of
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
+from planish.ir.tensortype import SparseLayout
 from planish.passes.quantize.operands import DEQUANTIZE, DYNAMIC, QUANTIZE, Slot, with_operands
 
 RULE = "keep-float"
@@ -88,6 +89,7 @@ class _Weight:
     value: Tensor
     name: str
     like: Node
+    layout: SparseLayout | None
 
 
 def _operands(
@@ -126,7 +128,8 @@ def _operands(
             return f"its {slot.name} had the shape {list(weight.shape)} before it was quantized"
         elif weight is not constant:
             assert isinstance(old, Node)  # the program before has a constant there
-            found[slot] = _Weight(weight, str(old.target), operand)
+            name = str(old.target)
+            found[slot] = _Weight(weight, name, operand, floating.layouts.get(name))
     return found
 
 
@@ -134,7 +137,9 @@ def _exchange(rewriter: Rewriter, node: Node, operands: dict[Slot, Node | _Weigh
     new: dict[Slot, Argument] = {}
     for slot, operand in operands.items():
         if isinstance(operand, _Weight):
-            operand = rewriter.constant(operand.value, operand.name, like=operand.like)
+            operand = rewriter.constant(
+                operand.value, operand.name, like=operand.like, layout=operand.layout
+            )
         new[slot] = operand
     args, kwargs = with_operands(node, new)
     rewriter.set_args(node, args, kwargs)

@@ -35,7 +35,7 @@ from planish.passes.equalize._rows import padding_name
 from planish.passes.quantize.ranges import AUTO
 from planish.passes.quantize.weights import Codes, quantize_weight
 from planish.passes.quantize.where import EVERYWHERE, Where
-from planish.passes.rounding.layerwise import tied_grams
+from planish.passes.rounding.layerwise import mask_of, tied_grams
 from planish.passes.rounding.learned import Learning, learn_rounding, output_error
 from planish.passes.rounding.lockstep import Lockstep, gram, operand_key
 from planish.passes.rounding.targets import (
@@ -48,7 +48,13 @@ from planish.passes.rounding.targets import (
 
 
 def adaround(
-    rows: Tensor, h: Tensor, scheme: QuantScheme, learning: Learning, *, damping: float = 0.01
+    rows: Tensor,
+    h: Tensor,
+    scheme: QuantScheme,
+    learning: Learning,
+    *,
+    damping: float = 0.01,
+    kept: Tensor | None = None,
 ) -> tuple[Codes, float]:
     """Round one matrix.
 
@@ -58,6 +64,7 @@ def adaround(
         scheme: with axis 0 (channels) or 1 (blocks).
         learning: how.
         damping: share of the mean of diag H that is added to it.
+        kept: what may be nonzero, bool [O, I]; the rows are zero elsewhere, and stay so.
 
     Returns:
         The integers, and by how many decibels the error of the outputs fell against the nearest.
@@ -69,7 +76,8 @@ def adaround(
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
     damped = h + damping * mean[:, None, None] * torch.eye(h.shape[-1], dtype=h.dtype)
     split = rows.float().unflatten(0, (groups, -1))
-    found = learn_rounding(split / scale + zero, damped, scale, scheme.range, learning)
+    free = None if kept is None else kept.unflatten(0, (groups, -1))
+    found = learn_rounding(split / scale + zero, damped, scale, scheme.range, learning, free)
     codes = Codes(found.flatten(0, 1).to(scheme.storage), nearest.scale, nearest.zero_point, scheme)
     errors = [
         float(output_error((c.real() - rows).unflatten(0, (groups, -1)).double(), damped).sum())
@@ -149,8 +157,9 @@ class AdaRound(Pass):
                 h = last[1]
             scheme = weight.scheme(self.dtype, self.block_size, self.symmetric)
             codes, gain = adaround(
-                weight.rows(), h, row_scheme(scheme), learning, damping=self.damping
-            )
+                weight.rows(), h, row_scheme(scheme), learning, damping=self.damping,
+                kept=mask_of(weight),
+            )  # fmt: skip
             write_codes(rewriter, weight, _shaped(weight, codes, scheme), f"{gain:+.1f} dB learned")
         context.tell(len(weights), len(weights))
         return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))

@@ -47,7 +47,6 @@ from planish.passes.rounding.round_weights import WeightType
 from planish.passes.rounding.targets import Weight, find_weights, required, row_scheme
 
 _RULE = "scale-inputs"
-_SMALLEST = 1e-4
 
 
 def scales(mean: Tensor, ratio: float) -> Tensor:
@@ -57,7 +56,7 @@ def scales(mean: Tensor, ratio: float) -> Tensor:
         mean: mean of ``|x_j|``, ``[I]``.
         ratio: r; 0 gives ones.
     """
-    s = mean.double().pow(ratio).clamp(min=_SMALLEST)
+    s = mean.double().pow(ratio).clamp(min=1e-4)
     return (s / (s.max() * s.min()).sqrt()).float()
 
 
@@ -231,12 +230,13 @@ def _behind(context: PassContext, before: int) -> Callable[[int, int], None]:
 
 def _as_now(program: Program, product: object, weight: Weight) -> Weight:
     """A weight as earlier scales have left it: a layer may make one value and read another."""
-    (now,) = (w for w in find_weights(program)[0] if w.readers[0] is product)
-    return now
+    return next(w for w in find_weights(program)[0] if w.readers[0] is product)
 
 
-def _clipped(rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors) -> tuple[Codes, float]:
-    """Round by ranges of least output error."""
+def _clipped(
+    rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors, kept: Tensor | None
+) -> tuple[Codes, float]:
+    """Round by ranges of least output error; a zero is rounded to zero."""
     scale, zero = clipped_ranges(rows.float(), scheme, h)
     codes = Codes(scheme.quantize(rows, scale, zero), scale, zero, scheme)
     d = (codes.real() - rows).double()
@@ -244,7 +244,7 @@ def _clipped(rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors) -> 
 
 
 def _repaired(
-    rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors
+    rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors, kept: Tensor | None
 ) -> tuple[Codes, float]:
     """Round by GPTQ."""
-    return gptq(rows, h, scheme, factors=factors)
+    return gptq(rows, h, scheme, factors=factors, kept=kept)

@@ -2,7 +2,8 @@
 
 Rewrite:
     W  ->  dequantize(Q, s, z),   min ||W X - W' X||^2
-    for each input i:   q = Q(w_i),  e = (w_i - q) / U_ii,  w_j -= e U_ij for j > i
+    for each input i:   q = Q(w_i) (0 where the weight is typed sparse and was zero),
+                        e = (w_i - q) / U_ii,  w_j -= e U_ij for j > i
     H = (2 / n) X X^T + d I,   d = damping * mean(diag H),   H^-1 = U^T U
 Shapes:       W: [O, I], X: [I, n]; H: [I, I]. A convolution is a linear layer on its windows, one
               per group of channels.
@@ -56,6 +57,7 @@ def gptq(
     clip: bool = True,
     fit: bool = True,
     factors: Factors | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Codes, float]:
     """Round one matrix.
 
@@ -70,6 +72,7 @@ def gptq(
         clip: cut each group's range where that lowers its squared error.
         fit: choose the scales of blocks once more, for the codes found; see ``fitted``.
         factors: keeps the factor of H for other matrices on the same inputs.
+        kept: what may be nonzero, bool ``[O, I]``; all else becomes exactly zero.
 
     Returns:
         The integers, and ``tr(D H D^T) / 2`` with the damping in H.
@@ -78,25 +81,30 @@ def gptq(
         raise ValueError("columns can be reordered only with static scales")
     factors = {} if factors is None else factors
     if static and len(rows) > _ROWS:
+        masks = [None] * -(-len(rows) // _ROWS) if kept is None else kept.split(_ROWS)
         parts = [
             gptq(part, h, scheme, damping=damping, reorder=reorder, clip=clip, fit=fit,
-                 factors=factors)
-            for part in rows.split(_ROWS)
+                 factors=factors, kept=mask)
+            for part, mask in zip(rows.split(_ROWS), masks, strict=True)
         ]  # fmt: skip
         return _joined([codes for codes, _ in parts]), sum(loss for _, loss in parts)
     h, dead = h.double().clone(), h.diagonal() == 0
     rows = rows.float().clone()
     rows[:, dead] = 0
+    kept = torch.ones_like(rows, dtype=torch.bool) if kept is None else kept
+    rows = torch.where(kept, rows, 0)
     order, factor = _factor(h, dead, damping, reorder, factors)
     ranges = _searched(scheme) if clip else _plain(scheme)
     scale, zero = ranges(rows, h)
     scales, zeros = (spread_rows(p, rows, scheme).float().contiguous() for p in (scale, zero))
     scales, zeros = scales.t()[order].contiguous(), zeros.t()[order].contiguous()
     low, high = scheme.range
+    stays = kept.t()[order].contiguous()
 
     def round_column(column: Tensor, i: int) -> Tensor:
         s, z = scales[i], zeros[i]
-        return (((column / s).round() + z).clamp(low, high) - z) * s
+        # What earlier errors gave to a masked weight is an error of its own, repaired by the rest.
+        return torch.where(stays[i], (((column / s).round() + z).clamp(low, high) - z) * s, 0)
 
     def regroup(w: Tensor, i: int) -> None:
         if scheme.granularity == "block" and i % scheme.block_size == 0:
@@ -227,9 +235,9 @@ class Gptq(Pass):
         )  # fmt: skip
 
     def _round(
-        self, rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors
+        self, rows: Tensor, h: Tensor, scheme: QuantScheme, factors: Factors, kept: Tensor | None
     ) -> tuple[Codes, float]:
         return gptq(
             rows, h, scheme, damping=self.damping, reorder=self.reorder, clip=self.clip,
-            factors=factors,
+            factors=factors, kept=kept,
         )  # fmt: skip

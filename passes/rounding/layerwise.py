@@ -20,8 +20,16 @@ from planish.passes.rounding.targets import Weight, row_scheme, write_codes
 
 # Factors of one H, kept for all matrices on the same inputs: reordered or not -> (order, U).
 Factors: TypeAlias = dict[bool, tuple[Tensor, Tensor]]
-# (rows [O, I], H [I, I], a row scheme, factors) -> integers, and an output error
-Rounder: TypeAlias = Callable[[Tensor, Tensor, QuantScheme, Factors], tuple[Codes, float]]
+# (rows [O, I], H [I, I], a row scheme, factors, mask [O, I] of what may be nonzero or None for all)
+# -> integers, and an output error
+Rounder: TypeAlias = Callable[
+    [Tensor, Tensor, QuantScheme, Factors, Tensor | None], tuple[Codes, float]
+]
+
+
+def mask_of(weight: Weight) -> Tensor | None:
+    """What may be nonzero of a weight that claims a layout, ``[outputs, inputs]``; else None."""
+    return None if weight.layout is None else weight.rows() != 0
 
 
 def round_in_sequence(
@@ -99,9 +107,11 @@ def _rounded(
 ) -> tuple[Codes, float]:
     """Round the rows of each group of a layer, and put the parts together."""
     rows, by_row = weight.rows(), row_scheme(scheme)
+    kept = mask_of(weight)
+    masks = [None] * len(h) if kept is None else kept.chunk(len(h))
     parts, loss = [], 0.0
-    for part, own, known in zip(rows.chunk(len(h)), h, factors, strict=True):
-        made, error = rounder(part, own, by_row, known)
+    for part, own, known, mask in zip(rows.chunk(len(h)), h, factors, masks, strict=True):
+        made, error = rounder(part, own, by_row, known, mask)
         parts.append(made)
         loss += error
     scale = torch.cat([c.scale for c in parts]).to(weight.value.dtype)

@@ -71,6 +71,7 @@ def learn_rounding(
     scale: Tensor,
     bounds: tuple[int, int],
     learning: Learning = Learning(),
+    free: Tensor | None = None,
 ) -> Tensor:
     """Integers whose outputs are nearest to those of the weights; never worse than the nearest.
 
@@ -80,6 +81,7 @@ def learn_rounding(
         scale: [G, O, I], the size of a step.
         bounds: smallest and largest integer.
         learning: how.
+        free: [G, O, I], which may be moved; the others are rounded to the nearest. None: all.
 
     Returns:
         [G, O, I], whole numbers in float.
@@ -91,9 +93,9 @@ def learn_rounding(
     nearest = steps.round().clamp(*bounds)
     found = nearest
     if learning.iterations:
-        found = _relaxed(steps, h, unit, bounds, learning)
+        found = _relaxed(steps, h, unit, bounds, learning, free)
     for start in {id(found): found, id(nearest): nearest}.values():
-        polished = _polished(start, steps, h, unit, bounds, learning.sweeps)
+        polished = _polished(start, steps, h, unit, bounds, learning.sweeps, free)
         found = _better(polished, found, steps, h, unit)
     return _better(found, nearest, steps, h, unit)
 
@@ -105,17 +107,25 @@ def _better(new: Tensor, old: Tensor, steps: Tensor, gram: Tensor, unit: Tensor)
 
 
 def _relaxed(
-    steps: Tensor, gram: Tensor, unit: Tensor, bounds: tuple[int, int], learning: Learning
+    steps: Tensor,
+    gram: Tensor,
+    unit: Tensor,
+    bounds: tuple[int, int],
+    learning: Learning,
+    free: Tensor | None,
 ) -> Tensor:
     """AdaRound: gradient descent on h, then the nearer of 0 and 1."""
-    floor = steps.floor()
+    floor, nearest = steps.floor(), steps.round().clamp(*bounds)
     v = inverse_rectified_sigmoid((steps - floor).clamp(1e-4, 1 - 1e-4))
     optimizer = torch.optim.Adam([v], lr=learning.rate)
     warm = int(_WARM * learning.iterations)
     for iteration in range(learning.iterations):
         sigmoid = v.sigmoid()
         h = (sigmoid * _STRETCH + _SHIFT).clamp(0, 1)
-        difference = ((floor + h).clamp(*bounds) - steps) * unit
+        codes = (floor + h).clamp(*bounds)
+        if free is not None:
+            codes = torch.where(free, codes, nearest)
+        difference = (codes - steps) * unit
         slope = 2 * (difference @ gram) * unit
         if iteration >= warm:
             share = (iteration - warm) / max(learning.iterations - warm, 1)
@@ -123,11 +133,18 @@ def _relaxed(
             slope = slope + learning.weight * regularizer_slope(h, beta)
         v.grad = slope * _STRETCH * sigmoid * (1 - sigmoid)
         optimizer.step()
-    return (floor + (rectified_sigmoid(v) >= 0.5)).clamp(*bounds)
+    found = (floor + (rectified_sigmoid(v) >= 0.5)).clamp(*bounds)
+    return found if free is None else torch.where(free, found, nearest)
 
 
 def _polished(
-    codes: Tensor, steps: Tensor, gram: Tensor, unit: Tensor, bounds: tuple[int, int], sweeps: int
+    codes: Tensor,
+    steps: Tensor,
+    gram: Tensor,
+    unit: Tensor,
+    bounds: tuple[int, int],
+    sweeps: int,
+    free: Tensor | None,
 ) -> Tensor:
     """Coordinate descent: one input after another moves to the best integer, the others fixed."""
     codes = codes.clone()
@@ -139,6 +156,8 @@ def _polished(
         for i in range(codes.shape[-1]):
             wanted = codes[..., i] - pull[..., i] / (diagonal[:, i : i + 1] * unit[..., i])
             new = wanted.round().clamp(*bounds)
+            if free is not None:
+                new = torch.where(free[..., i], new, codes[..., i])
             step = new - codes[..., i]
             if not bool(step.any()):
                 continue

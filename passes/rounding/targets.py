@@ -22,6 +22,7 @@ from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.quantscheme import QuantScheme
 from planish.ir.rewriter import Rewriter
+from planish.ir.tensortype import SparseLayout
 from planish.passes.quantize.weights import Codes, decibels, weight_problem
 from planish.passes.quantize.where import Where
 
@@ -59,6 +60,7 @@ class Weight:
         readers: the operators that multiply by it or look rows up in it, in program order.
         out_axis: the axis of outputs (of rows, for a table).
         in_axis: the axis that is summed over.
+        layout: that it claims; its zeros stay exactly zero.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Weight:
     readers: tuple[Node, ...]
     out_axis: int
     in_axis: int
+    layout: SparseLayout | None = None
 
     @property
     def products(self) -> tuple[Node, ...]:
@@ -104,7 +107,7 @@ class Weight:
             granularity="channel",
             axis=self.out_axis,
             symmetric=symmetric,
-            narrow=symmetric and dtype == "int8",
+            narrow=symmetric and (dtype == "int8" or (dtype == "int4" and self.layout is not None)),
         )
         if not block_size or self.is_convolution:
             return scheme
@@ -144,12 +147,13 @@ def find_weights(
             continue
         if not embeddings and all(is_op(r, aten.embedding.default) for r in wanted):
             continue
-        problem = _problem(value, readers, wanted, sources, program.layouts.get(name))
+        problem = _problem(value, readers, wanted, sources)
         if problem is not None:
             refusals.append(Refusal(_RULE, wanted[0].name, problem, source_line(wanted[0])))
             continue
         axes = _READERS[wanted[0].target][1:]
-        found.append(Weight(name, value, tuple(sources), tuple(wanted), *axes))
+        layout = program.layouts.get(name)
+        found.append(Weight(name, value, tuple(sources), tuple(wanted), *axes, layout))
     found.sort(key=lambda w: order[w.readers[0]])
     return found, [*refusals, *_computed(program, convolutions, where)]
 
@@ -170,7 +174,7 @@ def _position(reader: Node, sources: Iterable[Node], convolutions: bool) -> bool
 
 
 def _problem(
-    value: Tensor, readers: list[Node], wanted: list[Node], sources: list[Node], layout: object
+    value: Tensor, readers: list[Node], wanted: list[Node], sources: list[Node]
 ) -> str | None:
     others = [r for r in readers if r not in wanted]
     if others:
@@ -181,8 +185,6 @@ def _problem(
         return "its readers disagree on which axis is summed over"
     if value.dim() != 2 and not is_op(wanted[0], *CONVOLUTIONS):
         return f"its weight has {value.dim()} axes"
-    if layout is not None:
-        return f"its weight claims the layout {layout}, which is kept with its float numbers only"
     return weight_problem(value)
 
 
@@ -227,11 +229,11 @@ def write_codes(rewriter: Rewriter, weight: Weight, codes: Codes, note: str = ""
         stem = weight.name.removesuffix(".weight")
         like = weight.sources[0] if "stack_trace" in weight.sources[0].meta else first
         parts = [
-            rewriter.constant(value, f"{stem}.{what}", like=like)
-            for what, value in (
-                ("codes", codes.codes.contiguous()),
-                ("scale", codes.scale.contiguous()),
-                ("zero_point", codes.zero_point.contiguous()),
+            rewriter.constant(value.contiguous(), f"{stem}.{what}", like=like, layout=layout)
+            for what, value, layout in (
+                ("codes", codes.codes, weight.layout),
+                ("scale", codes.scale, None),
+                ("zero_point", codes.zero_point, None),
             )
         ]
         real = rewriter.call(
