@@ -145,7 +145,8 @@ class _Rows:
     def __init__(self, w: Tensor, inverse: Tensor, size: int):
         self._size = size
         self._w = w.clone()
-        self._inverse = inverse.expand(len(w), -1, -1)  # copied when first written
+        self._inverse = inverse.expand(len(w), -1, -1)  # shared until it is first written
+        self._owned = False
         units = inverse.shape[0] // size
         grid = inverse.unflatten(0, (units, size)).unflatten(2, (units, size))
         own = grid.diagonal(dim1=0, dim2=2).movedim(-1, 0)
@@ -159,7 +160,8 @@ class _Rows:
 
     def groups(self) -> Tensor:
         """The weights, ``[batch, units, shared, size]``."""
-        return self._w.unflatten(2, (-1, self._size)).transpose(1, 2)
+        grouped: Tensor = self._w.unflatten(2, (-1, self._size))
+        return grouped.transpose(1, 2)
 
     def remove(self, column: Tensor) -> None:
         """Take one weight of each row away, ``[batch]``."""
@@ -190,7 +192,9 @@ class _Rows:
 
     def _write(self) -> None:
         used = self._pending[:, : self._count]
-        self._inverse = torch.baddbmm(self._inverse, used.transpose(1, 2), used, alpha=-1)
+        if not self._owned:
+            self._inverse, self._owned = self._inverse.clone(), True
+        self._inverse.baddbmm_(used.transpose(1, 2), used, alpha=-1)
         self._count = 0
 
     def _shrink(self) -> None:

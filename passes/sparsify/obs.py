@@ -75,7 +75,8 @@ def multipliers(w: Tensor, inverse: Tensor, gone: Tensor) -> Tensor:
     eye = torch.eye(w.shape[-1], dtype=inverse.dtype)
     # Outside of Q the identity, so that all sets, large or small, are one batch.
     among = torch.where(both, inverse, eye)
-    return torch.linalg.solve(among, torch.where(gone, w, 0).unsqueeze(-1)).squeeze(-1)
+    solved: Tensor = torch.linalg.solve(among, torch.where(gone, w, 0).unsqueeze(-1))
+    return solved.squeeze(-1)
 
 
 def remove(w: Tensor, inverse: Tensor, gone: Tensor) -> Tensor:
