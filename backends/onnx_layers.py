@@ -13,8 +13,9 @@ from planish.backends.onnx_bins import average_bins
 from planish.backends.onnx_conv import per_axis, with_batch, without_batch
 from planish.backends.onnx_dims import dim_of, dims_of, product
 from planish.backends.onnx_graph import Emitter
+from planish.backends.onnx_linear_codes import linear_of_codes
 from planish.backends.onnx_pointwise import on_base
-from planish.backends.onnx_quantize import dequantized, linear_of_codes
+from planish.backends.onnx_quantize import dequantized
 from planish.backends.onnx_view import Table, View, dtype_of, rank_of, source_of
 from planish.ir.errors import UnsupportedError
 from planish.ir.ops import argument, node_of

@@ -17,7 +17,8 @@ from torch.fx import Node
 from planish.backends.onnx_dims import dims_of
 from planish.backends.onnx_file import onnx_dtype
 from planish.backends.onnx_graph import Emitter
-from planish.backends.onnx_quantize import DEQUANTIZE, QUANTIZE, dequantized, weight_in_out
+from planish.backends.onnx_linear_codes import weight_in_out
+from planish.backends.onnx_quantize import DEQUANTIZE, QUANTIZE, dequantized
 from planish.backends.onnx_view import Table, View
 from planish.backends.ort_codes import Grid, grid_of
 from planish.ir.ops import argument, aten, is_op, is_view, node_of

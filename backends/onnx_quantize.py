@@ -4,10 +4,6 @@
 DequantizeLinear and DynamicQuantizeLinear mean. What the standard cannot say in one operator
 (one scale per token, int8 chosen at run time, 4-bit integers that are computed) is written with
 the arithmetic of the definition.
-
-A linear layer on a quantized weight is MatMul and Add on codes stored as [in, out], so that a
-runtime that looks for DequantizeLinear before MatMul finds its integer kernel: ONNX Runtime turns
-a weight behind a Transpose, or a Gemm, into a float product of dequantized operands.
 """
 
 from __future__ import annotations
@@ -111,7 +107,7 @@ def _quantize(e: Emitter, node: Node) -> View:
         )
     view, axis = _placed(e, x, axis)
     parameters = [_parameter(e, p, axis, block) for p in (scale, zero)]
-    codes = e.op("QuantizeLinear", view.base, *parameters, **_layout(axis, block))
+    codes = e.op("QuantizeLinear", view.base, *parameters, **layout(axis, block))
     if kind in _HALVES:
         # As 8-bit integers they are what other operators can read; saturated to 4 bits.
         low, high, storage = INTEGERS[kind]
@@ -127,6 +123,9 @@ def _dequantize(e: Emitter, node: Node) -> View:
         dims = dims_of(node.meta["val"])
         if _misleads(q):
             return View(_by_definition_of_channels(e, q, known), dims, dims)
+        missing = _missing_of_last_block(e, q, known)
+        if missing:
+            return View(_of_whole_blocks(e, q, known, missing), dims, dims)
         codes = stored(e, q.codes, known, q.dtype)
         view, axis = View(codes, dims, dims), q.axis
         kind = q.dtype
@@ -142,8 +141,37 @@ def _dequantize(e: Emitter, node: Node) -> View:
         _check_no_zero(e, q)
     if known is None and q.block and int(q.scale.meta["val"].shape[q.axis or 0]) == 1:
         return view.with_base(_by_rows(e, q, view.base, *parameters))
-    result = e.op("DequantizeLinear", view.base, *parameters, **_layout(axis, q.block))
+    result = e.op("DequantizeLinear", view.base, *parameters, **layout(axis, q.block))
     return view.with_base(result)
+
+
+def _missing_of_last_block(e: Emitter, q: Dequantized, known: Tensor) -> int:
+    """How many codes a constant's last block lacks, where that matters."""
+    if not q.block or q.axis is None or e.style.integers != "standard":
+        return 0
+    return -known.shape[q.axis] % q.block
+
+
+def _of_whole_blocks(e: Emitter, q: Dequantized, known: Tensor, missing: int) -> ir.Value:
+    """A constant whose last block is short, filled up and cut again.
+
+    The standard allows a short block; OpenVINO 2026.4 does not load one.
+    """
+    assert q.axis is not None
+    rest = [*known.shape]
+    rest[q.axis] = missing
+    whole = torch.cat([known, known.new_zeros(rest)], q.axis)
+    codes = stored(e, q.codes, whole, q.dtype, order=".whole")
+    result = e.op(
+        "DequantizeLinear",
+        codes,
+        _parameter(e, q.scale, q.axis, q.block),
+        _parameter(e, q.zero, q.axis, q.block, q.dtype),
+        **layout(q.axis, q.block),
+    )
+    bounds = ([0], [known.shape[q.axis]], [q.axis])
+    cut: ir.Value = e.op("Slice", result, *(e.constant(b) for b in bounds))
+    return cut
 
 
 def _by_rows(
@@ -204,7 +232,7 @@ def _dynamic_quantize(e: Emitter, node: Node) -> list[Any]:
         codes, scale, zero = e.ops(3, "DynamicQuantizeLinear", view.base)
         return [view.with_base(codes), scale, zero]
     if per_token and not view.keeps_rows:
-        view = _plain(e, x)
+        view = plain(e, x)
     return _by_definition(e, node, view, kind, per_token)
 
 
@@ -254,16 +282,18 @@ def _placed(e: Emitter, x: Node, axis: int | None) -> tuple[View, int | None]:
         return view, None
     rank = len(x.meta["val"].shape)
     if view.dims != view.base_dims or view.perm is not None:
-        view = _plain(e, x)
+        view = plain(e, x)
     return view, axis % rank
 
 
-def _plain(e: Emitter, x: Node) -> View:
+def plain(e: Emitter, x: Node) -> View:
+    """A value as it stands in the program, whatever it is a view of."""
     dims = dims_of(x.meta["val"])
     return View(e.value(x), dims, dims)
 
 
-def _layout(axis: int | None, block: int) -> dict[str, Any]:
+def layout(axis: int | None, block: int) -> dict[str, Any]:
+    """The attributes of QuantizeLinear and DequantizeLinear that say which elements share."""
     if axis is None:
         return {}
     return {"axis": axis, "block_size": block or None}
@@ -296,97 +326,6 @@ def stored(e: Emitter, node: Node, tensor: Tensor, kind: str = "", order: str = 
         return e.value(node)
     key = ("stored", str(node.target), kind, order, tuple(tensor.shape))
     return e.cached(key, lambda: e.tensor(tensor, f"{node.target}{order}", kind or None))
-
-
-# -- readers of quantized weights -------------------------------------------------------------
-
-
-def weight_in_out(e: Emitter, weight: Node, out_axis: int) -> ir.Value | None:
-    """A dequantized constant weight as [in, out], from codes stored so.
-
-    Args:
-        e: the emitter.
-        weight: any node.
-        out_axis: which axis of it counts outputs: 0 for ``linear``, 1 for ``addmm``.
-
-    Returns:
-        None where the weight is no dequantized constant matrix.
-    """
-    q = dequantized(weight)
-    known = e.known(q.codes) if q is not None else None
-    if q is None or known is None or known.dim() != 2:
-        return None
-    scale, zero = e.known(q.scale), e.known(q.zero)
-    if scale is None or zero is None or q.dtype == "int32":
-        return None
-
-    def make() -> ir.Value:
-        turn = out_axis == 0
-        axis = None if q.axis is None else (1 - q.axis if turn else q.axis)
-        blocks = bool(q.block)
-        order = ".T" if turn else ""
-        matrix = known.t() if turn else known
-        rows = len(matrix)
-        missing = _missing_rows(e, q, rows, out_axis)
-        kind = q.dtype
-        if e.style.integers == "standard" and (rows + missing) % 2:
-            kind = ""  # OpenVINO 2026.4 reads an odd number of rows of half bytes as other numbers
-        if missing:
-            matrix = torch.cat([matrix, matrix.new_zeros(missing, matrix.shape[1])])
-            order += ".whole"
-        codes = stored(e, q.codes, matrix, kind, order)
-        if q.axis is None:
-            parts = [scale.reshape(()), zero.reshape(())]
-        else:
-            parts = [p.t() if turn and blocks else p for p in (scale, zero)]
-        parameters = [
-            stored(e, n, p, packed, order if blocks else "")
-            for n, p, packed in zip((q.scale, q.zero), parts, ("", kind), strict=True)
-        ]
-        return e.op("DequantizeLinear", codes, *parameters, **_layout(axis, q.block))
-
-    return e.cached(("in-out", weight, out_axis), make)
-
-
-def _missing_rows(e: Emitter, q: Dequantized, rows: int, out_axis: int) -> int:
-    """How many rows of zeros fill the last block of a weight ``[in, out]``.
-
-    OpenVINO 2026.4 knows no last block that is smaller than the others.
-    """
-    along = q.block and q.axis == 1 - out_axis
-    return -rows % q.block if along and e.style.integers == "standard" else 0
-
-
-def _with_whole_blocks(e: Emitter, view: View, weight: Node, out_axis: int) -> ir.Value:
-    """The left operand, with a zero for every row that fills the last block of the weight."""
-    q, inputs = dequantized(weight), int(view.base_dims[-1])
-    missing = 0 if q is None else _missing_rows(e, q, inputs, out_axis)
-    if not missing:
-        return view.base
-    widths = [0] * (2 * len(view.base_dims) - 1) + [missing]
-    return e.cached(
-        ("whole blocks", view.base, missing), lambda: e.op("Pad", view.base, e.constant(widths))
-    )
-
-
-def linear_of_codes(
-    e: Emitter, node: Node, x: Node, weight: Node, bias: Node | None, out_axis: int
-) -> View | None:
-    """``x @ weight + bias`` on a dequantized constant weight; None for other weights."""
-    matrix = weight_in_out(e, weight, out_axis)
-    if matrix is None:
-        return None
-    view = e.view(x)
-    if not view.keeps_rows or not view.dims[:-1]:
-        view = _plain(e, x)
-    columns = dims_of(node.meta["val"])[-1]
-    result = e.op("MatMul", _with_whole_blocks(e, view, weight, out_axis), matrix)
-    if bias is not None:
-        # Of MatMul and Add on two axes ONNX Runtime makes a Gemm, which it runs on integers only
-        # if the bias is quantized and no Relu follows; it leaves Sum alone, and MatMul then
-        # becomes an integer product. Other runtimes read the same from either.
-        result = e.op("Add" if dequantized(x) is None else "Sum", result, e.value(bias))
-    return View(result, (*view.base_dims[:-1], columns), (*view.dims[:-1], columns))
 
 
 QUANTIZING: Table = {

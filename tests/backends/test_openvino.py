@@ -45,6 +45,7 @@ for _name, _f in BETWEEN.items():
         normal(2, 4, 8, 8),
         {"a": conv(4, 8), "b": conv(8, 4)},
     )
+CASES["short block"] = (lambda m, x: m.a(x), normal(2, 20, 8, 8), {"a": conv(20, 8)})
 for _kind in (nn.LSTM, nn.GRU):
     for _how in ({}, {"batch_first": True}, {"bidirectional": True}):
         CASES[" ".join([_kind.__name__, *_how])] = (
@@ -64,11 +65,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dynamic": {"mode": "dynamic"},
     "weight": {"mode": "weight"},
     "half bytes": {"mode": "weight", "weights": "int4"},
+    "blocks": {"mode": "weight", "weights": "uint4", "granularity": "block", "block_size": 16},
 }
 
 
 # Convolutions have no ranges at run time.
-PAIRS = [(c, o) for c in CASES for o in OPTIONS if not (o == "dynamic" and c in BETWEEN)]
+CONVOLUTIONS = {*BETWEEN, "short block"}
+PAIRS = [(c, o) for c in CASES for o in OPTIONS if not (o == "dynamic" and c in CONVOLUTIONS)]
 
 
 @pytest.mark.parametrize(("case", "options"), PAIRS)
