@@ -82,7 +82,7 @@ class PassContext:
 
 @dataclass(frozen=True)
 class OperatorError:
-    """What quantizing one operator, and nothing else, costs.
+    """What quantizing or pruning one operator, and nothing else, costs.
 
     Attributes:
         node: the operator.
@@ -91,6 +91,7 @@ class OperatorError:
         own: its own output, fed with values in floating point.
         output_db: what that makes of the model's outputs: signal to noise in decibels.
         kept_float: whether it was therefore left in floating point.
+        becomes: what was made of it instead: "50% zero" or "dense"; None for integers.
     """
 
     node: str
@@ -99,6 +100,7 @@ class OperatorError:
     own: Fidelity
     output_db: float
     kept_float: bool = False
+    becomes: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; an infinite ``output_db`` is None."""
@@ -109,6 +111,7 @@ class OperatorError:
             "own": self.own.to_dict(),
             "output_db": self.output_db if math.isfinite(self.output_db) else None,
             "kept_float": self.kept_float,
+            "becomes": self.becomes,
         }
 
 

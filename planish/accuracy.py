@@ -104,7 +104,7 @@ def operator_parts(errors: Sequence[OperatorError]) -> list[RenderableType]:
     table.add_column("node", overflow="fold")
     for title in ("own\ndB", "outputs\ndB"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("stays")
+    table.add_column("stays" if errors[0].becomes is None else "becomes", no_wrap=True)
     table.add_column("source")
     for error in errors[:_SHOWN]:
         table.add_row(
@@ -112,10 +112,11 @@ def operator_parts(errors: Sequence[OperatorError]) -> list[RenderableType]:
             Text(error.node),
             sqnr_text(error.own),
             f"{error.output_db:.1f}",
-            "float" if error.kept_float else "integer",
+            error.becomes or ("float" if error.kept_float else "integer"),
             Text(_place(error.source), overflow="ellipsis", no_wrap=True),
         )
-    head = "what quantizing one operator alone does: to its own result, and to the model's outputs"
+    what = "quantizing" if errors[0].becomes is None else "pruning"
+    head = f"what {what} one operator alone does: to its own result, and to the model's outputs"
     parts: list[RenderableType] = [Text(head), table]
     if len(errors) > _SHOWN:
         more = len(errors) - _SHOWN

@@ -95,6 +95,10 @@ class Lockstep:
             self._done.discard(node)
             self._shared.pop(node, None)
 
+    def live(self) -> list[dict[Node, Any]]:
+        """Every value that something has yet to read, batch by batch."""
+        return [{**self._shared, **own} for own in self._values]
+
     def values(self, nodes: Iterable[Node]) -> list[dict[Node, Any]]:
         """What some nodes gave, batch by batch."""
         named = list(nodes)

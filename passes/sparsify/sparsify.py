@@ -21,11 +21,12 @@ from typing import ClassVar, Literal
 
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
-from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
+from planish.passes.base import Contract, Fact, OperatorError, Pass, PassContext, PassResult
 from planish.passes.quantize.where import Where
 from planish.passes.sparsify.gradual import prune_by_loss
 from planish.passes.sparsify.judging import How, check_options
 from planish.passes.sparsify.methods import LAYER_METHODS, Score
+from planish.passes.sparsify.nonuniform import Bounds, choose_ratios, told_later
 from planish.passes.sparsify.patterns import Pattern
 from planish.passes.sparsify.sequence import prune_in_sequence
 from planish.passes.sparsify.sites import find_sites, required
@@ -51,6 +52,12 @@ class Sparsify(Pass):
         taylor: woodfisher with its gradient term, for a model whose training has not ended.
         decay: the weight decay of the training, for undecayed.
         gradients: how many are planned, one for each labeled batch; None for all.
+        layers: every layer gives up the same ("uniform"), or each what costs least together, by
+            what pruning it alone does to the outputs ("sensitivity"); ``ratio`` is then of the
+            weights of all layers, and with groups some layers stay dense.
+        least: with sensitivity, the share that every layer gives up, but for groups.
+        most: with sensitivity, the share that any layer gives up; None for (3 + ratio) / 4.
+        batches: with sensitivity, calibration batches to measure on.
         tied: also weights that are embedding tables as well.
         padding_mask: input that is 1 for tokens and 0 for padding, which is left out of H.
         where: a choice among the operators.
@@ -77,6 +84,10 @@ class Sparsify(Pass):
     taylor: bool = False
     decay: float = 5e-4
     gradients: int | None = None
+    layers: Literal["uniform", "sensitivity"] = "uniform"
+    least: float = 0.0
+    most: float | None = None
+    batches: int = 4
     tied: bool = False
     padding_mask: str = ""
     where: Where = field(default_factory=Where)
@@ -93,6 +104,26 @@ class Sparsify(Pass):
                 "undecayed, whose gradients are read anew"
             )
         check_options(self.how())
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        problem = Bounds(self.ratio, self.least, self.most, self.batches).problem()
+        if self.layers == "uniform":
+            if (self.least, self.most, self.batches) != (0.0, None, 4):
+                raise ValueError("least, most and batches are of layers=sensitivity")
+        elif problem is not None:
+            raise ValueError(problem)
+        elif self._together and Pattern.parse(self.pattern).kind != "grouped":
+            raise ValueError(
+                "one global order decides what each layer gives up: use scope=layer with "
+                "layers=sensitivity"
+            )
+
+    @property
+    def _together(self) -> bool:
+        """Whether weights of all layers are ranked in one order."""
+        of_loss = self.score not in LAYER_METHODS
+        return self.scope == "global" or (of_loss and self.scope is None)
 
     def how(self) -> How:
         """The options of scores that are of the loss."""
@@ -107,20 +138,36 @@ class Sparsify(Pass):
         )
 
     def needs(self) -> frozenset[Fact]:
-        """Nothing for magnitude, calibration or else labels and a loss for the others."""
-        if self.score == "magnitude":
-            return frozenset()
+        """Calibration, or labels and a loss; calibration too where layers are measured."""
         calibrated = frozenset({Fact.CALIBRATED})
-        return calibrated if self.score in LAYER_METHODS else self.requires - calibrated
+        wanted = calibrated if self.layers == "sensitivity" else frozenset()
+        if self.score == "magnitude":
+            return wanted
+        return calibrated if self.score in LAYER_METHODS else wanted | self.requires - calibrated
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Prune every weight, in program order."""
         pattern = Pattern.parse(self.pattern)
         sites, refusals = find_sites(program, pattern, self.where, tied=self.tied)
-        rewriter = Rewriter(program, self.name, context.sites)
         ratios = {site.name: self.ratio for site in required(sites, refusals, pattern)}
+        operators: tuple[OperatorError, ...] = ()
+        if self.layers == "sensitivity":
+            chosen = choose_ratios(
+                program,
+                sites,
+                pattern,
+                self.score,
+                Bounds(self.ratio, self.least, self.most, self.batches),
+                context,
+                damping=self.damping,
+                padding_mask=self.padding_mask,
+            )
+            ratios, operators = chosen.ratios, chosen.operators
+            refusals.extend(chosen.refusals)
+            context = told_later(context, len(sites))
+        rewriter = Rewriter(program, self.name, context.sites)
         if self.score not in LAYER_METHODS or self.scope == "global":
-            together, how = self.scope != "layer", self.how()
+            together, how = self._together, self.how()
             prune_by_loss(rewriter, sites, context, pattern, ratios, how,
                           together=together, steps=self.steps)  # fmt: skip
         else:
@@ -131,8 +178,8 @@ class Sparsify(Pass):
                 pattern,
                 ratios,
                 LAYER_METHODS[self.score],
-                reads_inputs=Fact.CALIBRATED in self.needs(),
+                reads_inputs=self.score != "magnitude",
                 damping=self.damping,
                 padding_mask=self.padding_mask,
             )
-        return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))
+        return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals), operators)
