@@ -85,7 +85,7 @@ def _factor(h: Tensor, damping: float) -> Tensor | None:
     """``inverse_factor``, or None where H is singular but for rounding."""
     try:
         factor = inverse_factor(h, damping)
-    except torch._C._LinAlgError:  # not positive definite; torch.linalg's name has no stub
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but not in __all__
         return None
     # U_ii^-2 is what is left of H_ii behind the columns after it.
     pivots = factor.diagonal().square().reciprocal() / h.diagonal()
