@@ -181,5 +181,5 @@ def _scalar(loss: Any, outputs: Any, batch: Any, where: str) -> Tensor:  # noqa:
             hint="compute it from the outputs, without detach() or .item()",
         )  # fmt: skip
     if not bool(value.isfinite()):
-        raise UsageError(f"the loss is {float(value)}", where=where)
+        raise UsageError(f"the loss is {float(value.detach())}", where=where)
     return value.reshape(())
