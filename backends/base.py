@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from planish.ir.compare import Fidelity
 from planish.ir.errors import ExportError
 from planish.ir.program import Program
+from planish.ir.tensortype import SparseLayout
 
 # A protobuf message cannot exceed 2 GiB; the rest of the file needs room too.
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**24
@@ -196,6 +197,33 @@ class KernelUse:
         }
 
 
+@dataclass(frozen=True)
+class SparseInFile:
+    """A sparse weight of the program, as the file was read back.
+
+    Attributes:
+        constant: of the program.
+        layout: that it claims.
+        stored: the constants of the file that hold it.
+        exact: whether each of its rows was found there as it is; else the weight was rearranged,
+            and the share of zeros was counted.
+    """
+
+    constant: str
+    layout: SparseLayout
+    stored: tuple[str, ...]
+    exact: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "constant": self.constant,
+            "layout": str(self.layout),
+            "stored": list(self.stored),
+            "exact": self.exact,
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A written file.
@@ -214,6 +242,8 @@ class Artifact:
         runtime: what the runtime made of it; None where not verified.
         kernels: each operator that the program quantizes, as an integer kernel of the runtime or
             as a float fallback; empty for a float program, and where not verified.
+        sparsity: each weight that the program types sparse, as it was found in the file; empty
+            where none is, and where not verified.
     """
 
     path: Path
@@ -228,6 +258,7 @@ class Artifact:
     comparison: Comparison | None = None
     runtime: RuntimeReport | None = None
     kernels: tuple[KernelUse, ...] = ()
+    sparsity: tuple[SparseInFile, ...] = ()
 
 
 class Backend(ABC):

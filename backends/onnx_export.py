@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from torch import Tensor
 
-from planish.backends.base import Artifact, Backend, ExportOptions, KernelUse, RuntimeReport, Target
+from planish.backends.base import (
+    Artifact,
+    Backend,
+    ExportOptions,
+    KernelUse,
+    RuntimeReport,
+    SparseInFile,
+    Target,
+)
 from planish.backends.onnx_file import publish, staged, write_model
 from planish.ir.errors import ExportError
 from planish.ir.program import Program
@@ -59,6 +67,7 @@ class OnnxBackend(Backend):
         from planish.backends.onnx_bfloat16 import in_float32
         from planish.backends.onnx_build import build, count_operators
         from planish.backends.onnx_translate import emit
+        from planish.backends.sparse_files import sparse_in_file
         from planish.backends.stepwise import Emission
         from planish.backends.verify_artifact import verify_artifact
 
@@ -78,7 +87,9 @@ class OnnxBackend(Backend):
             operators = count_operators(model)
             comparison, runtime = None, None
             kernels: tuple[KernelUse, ...] = ()
+            sparsity: tuple[SparseInFile, ...] = ()
             if options.verify:
+                sparsity = sparse_in_file(program, aside)
                 comparison, runtime, kernels = verify_artifact(
                     program,
                     aside,
@@ -100,6 +111,7 @@ class OnnxBackend(Backend):
             comparison=comparison,
             runtime=runtime,
             kernels=kernels,
+            sparsity=sparsity,
         )
 
     def run(self, path: str | Path, inputs: Sequence[Tensor]) -> tuple[np.ndarray, ...]:

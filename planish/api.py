@@ -29,6 +29,7 @@ from planish.passes.recipe import Recipe, resolve
 from planish.passes.steps import Run
 from planish.report import PassEntry, Report
 from planish.running import Runner
+from planish.sparsity import sparse_weights
 
 if TYPE_CHECKING:
     from planish.passes.calibrate import Spool
@@ -368,6 +369,7 @@ def _report(
         remarks=tuple(remarks),
         recipe_yaml=recipe.to_yaml(),
         graphs=Graphs(before, finished.program),
+        sparsity=sparse_weights(finished.program),
     )
 
 

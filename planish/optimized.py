@@ -145,8 +145,13 @@ class Optimized:
             "planish.seed": str(self.recipe.seed),
             "planish.fidelity": json.dumps(fidelity.to_dict() if fidelity else None),
             "planish.ranges": json.dumps(self._ranges()),
+            **({"planish.sparsity": json.dumps(layouts)} if (layouts := self._layouts()) else {}),
             **({"planish.instruction_sets": json.dumps(sets)} if (sets := self._sets()) else {}),
         }
+
+    def _layouts(self) -> dict[str, str]:
+        """Constant -> the sparse layout it claims."""
+        return {name: str(layout) for name, layout in sorted(self.program.layouts.items())}
 
     def _sets(self) -> tuple[str, ...]:
         """The processors on which a quantized program's integer kernels give its answers."""
@@ -182,6 +187,8 @@ class Optimized:
                 runtime["fidelity"] = artifact.comparison.fidelity.to_dict()
                 runtime["stepwise"] = steps.to_dict() if steps is not None else None
             runtime["kernels"] = [use.to_dict() for use in artifact.kernels]
+            if artifact.sparsity:
+                runtime["sparsity"] = [found.to_dict() for found in artifact.sparsity]
             runtime["instruction_sets"] = list(self._sets())
         self.report = replace(
             self.report,

@@ -16,6 +16,7 @@ from planish.kernels import fallback_parts, kernel_lines
 from planish.passes import Change, Refusal
 from planish.passes.base import OperatorError
 from planish.passes.steps import NodeError
+from planish.sparsity import SparseWeight, sparsity_dict, sparsity_lines, sparsity_parts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -106,6 +107,7 @@ class Report:
         held_out: final outputs against the captured program's, on calibration inputs that no pass
             saw; None where nothing was lossy or held out.
         race: the recipes that were measured against each other, where the recipe asks for that.
+        sparsity: the weights of the optimized program that are typed sparse.
     """
 
     passes: tuple[PassEntry, ...]
@@ -124,6 +126,7 @@ class Report:
     graphs: Graphs | None = field(default=None, repr=False, compare=False)
     held_out: HeldOut | None = None
     race: Race | None = None
+    sparsity: tuple[SparseWeight, ...] = ()
 
     @property
     def changes(self) -> int:
@@ -156,6 +159,7 @@ class Report:
             "fidelity": self.fidelity.to_dict() if self.fidelity else None,
             "held_out": self.held_out.to_dict() if self.held_out else None,
             "race": self.race.to_dict() if self.race else None,
+            "sparsity": sparsity_dict(self.sparsity, self.target),
             "accuracy": [loss.to_dict() for loss in ranked(self.passes)],
             "versions": dict(self.versions),
             "seed": self.seed,
@@ -207,6 +211,7 @@ class Report:
         parts.extend(Text(line) for line in self._summary())
         parts.extend(self.race.render() if self.race is not None else [])
         parts.extend(fallback_parts(self.runtime or {}))
+        parts.extend(sparsity_parts(self.sparsity))
         parts.extend(part for p in self.passes for part in operator_parts(p.operators))
         parts.extend(accuracy_parts(ranked(self.passes)))
         for entry in self.passes:
@@ -257,6 +262,7 @@ class Report:
                 f"on {self.held_out.batches} held-out batches, which nothing was calibrated with: "
                 f"{self.held_out.score}"
             )
+        lines += sparsity_lines(self.sparsity, self.target, self.runtime)
         if self.runtime is not None and "operators" in self.runtime:
             counts = sorted(self.runtime["operators"].items(), key=lambda item: -item[1])
             shown = ", ".join(f"{count} {name}" for name, count in counts[:10])

@@ -49,6 +49,7 @@ function drawChosen() {
 drawHeader();
 drawNav();
 drawSummary();
+drawSparsity();
 drawRemarks();
 drawTimeline();
 drawGraph();

@@ -233,6 +233,34 @@ function kernelTable(kernels) {
   );
 }
 
+// The weights that are typed sparse: how many zeros, and what they take dense and packed.
+function drawSparsity() {
+  const sparsity = DATA.sparsity;
+  if (!sparsity) return;
+  const head = ["sparse weight", "layout", "dtype", "zeros", "dense", "packed"];
+  const row = (weight, index) => {
+    const at = (key) => ["sparsity", "weights", index, key];
+    return h(
+      "tr",
+      {},
+      h("td", {}, h("code", {}, weight.name)),
+      h("td", {}, h("code", {}, weight.layout)),
+      h("td", {}, weight.dtype),
+      h("td", {}, `${(100 * weight.zeros).toFixed(1)}%`),
+      h("td", {}, number(at("dense_bytes"), "bytes")),
+      h("td", {}, weight.packed_bytes === null ? "\u2013" : number(at("packed_bytes"), "bytes")),
+    );
+  };
+  const table = h(
+    "table",
+    { id: "sparse-weights" },
+    h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col" }, text)))),
+    h("tbody", {}, sparsity.weights.map(row)),
+  );
+  $("summary").append(h("h3", {}, "Sparse weights"), h("div", { class: "scroll" }, table));
+  if (sparsity.note) $("summary").append(h("p", { class: "note" }, sparsity.note));
+}
+
 // Whatever else a runtime reports: numbers, text, lists and tables of these.
 function plainValue(value, path) {
   if (typeof value === "number") {
