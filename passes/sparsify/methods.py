@@ -9,8 +9,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from planish.passes.sparsify.hessian import hessian
 from planish.passes.sparsify.obc import obc
 from planish.passes.sparsify.patterns import Pattern
+from planish.passes.sparsify.refit import refit_by_gradients
 from planish.passes.sparsify.scores import magnitude, wanda
 from planish.passes.sparsify.sparsegpt import sparsegpt
 
@@ -28,6 +30,7 @@ class Task:
         zeros: how many weights go, exactly; a grouped pattern decides that by itself.
         damping: share of the mean of diag H that is added to it; None for the method's own.
         known: kept for all matrices on the same inputs (factors of H).
+        refit: steps that refit the weights that stay, where the method does that.
     """
 
     rows: Tensor
@@ -36,6 +39,7 @@ class Task:
     zeros: int
     damping: float | None = None
     known: dict[str, Any] = field(default_factory=dict)
+    refit: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,16 +97,20 @@ def _by_obc(task: Task) -> Pruned:
 
 def _by_sparsegpt(task: Task) -> Pruned:
     assert task.h is not None
-    return Pruned(
-        *sparsegpt(
-            task.rows,
-            task.h,
-            task.pattern,
-            task.zeros,
-            damping=_damping(task),
-            known=task.known,
-        )
+    damping = _damping(task)
+    rows, kept, note = sparsegpt(
+        task.rows,
+        task.h,
+        task.pattern,
+        task.zeros,
+        damping=damping,
+        known=task.known,
     )
+    if task.refit:
+        h = hessian(task.h, damping, task.known).damped
+        found = refit_by_gradients(task.rows, rows, kept, h, steps=task.refit)
+        rows = found.to(rows.dtype)
+    return Pruned(rows, kept, note)
 
 
 def _damping(task: Task) -> float:

@@ -69,6 +69,7 @@ def prune_in_sequence(
     reads_inputs: bool,
     damping: float | None = None,
     padding_mask: str = "",
+    refit: int = 0,
 ) -> None:
     """Prune weights in program order; every layer reads what the pruned ones before it give.
 
@@ -82,6 +83,7 @@ def prune_in_sequence(
         reads_inputs: whether it wants ``H``.
         damping: for the method.
         padding_mask: input that is 0 for padding, or "".
+        refit: for the method.
 
     Raises:
         RequirementError: there is no calibration, and the method wants it.
@@ -103,6 +105,7 @@ def prune_in_sequence(
                 pattern.zeros(part.numel(), ratios[site.name]),
                 damping,
                 {} if known is None else known[number],
+                refit,
             )
             made.append(method(task))
             loss += made[-1].loss(task)

@@ -46,6 +46,8 @@ class Sparsify(Pass):
         scope: rank the weights of each "layer" by themselves, or all in one "global" order; None
             for global where scores are of the loss (woodfisher, fisher, undecayed). Groups are
             always ranked by themselves.
+        refit: steps of conjugate gradients in which sparsegpt fits the weights that stay to the
+            mask it found; 0 for the sweep alone.
         steps: times that gradients are read anew on the way to the ratio (see gradual).
         block_size: entries of a block of the Fisher matrix, for woodfisher; raised to the next
             multiple of M.
@@ -79,6 +81,7 @@ class Sparsify(Pass):
     ratio: float = 0.5
     damping: float | None = None
     scope: Literal["layer", "global"] | None = None
+    refit: int = 30
     steps: int = 1
     block_size: int = 64
     taylor: bool = False
@@ -98,6 +101,8 @@ class Sparsify(Pass):
             raise ValueError(f"ratio is {self.ratio}, not between 0 and 1: the share that goes")
         if self.score in LAYER_METHODS and self.score != "magnitude" and self.scope == "global":
             raise ValueError(f"{self.score} scores the output of one layer: use scope=layer")
+        if self.refit < 0:
+            raise ValueError(f"refit is {self.refit}, a number of steps")
         if self.steps < 1 or (self.steps > 1 and self.score in LAYER_METHODS):
             raise ValueError(
                 f"steps is {self.steps}: at least 1, and more only for woodfisher, fisher and "
@@ -181,5 +186,6 @@ class Sparsify(Pass):
                 reads_inputs=self.score != "magnitude",
                 damping=self.damping,
                 padding_mask=self.padding_mask,
+                refit=self.refit,
             )
         return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals), operators)
