@@ -106,8 +106,9 @@ def least_harm(
 ) -> tuple[str, ...]:
     """Which layers get a pattern, so that at least ``ratio`` of all entries is zero.
 
-    By rising error per weight until the ratio is met; then what is not needed for it after all is
-    given up again, the most harmful first.
+    By rising error per weight, any number of layers, and one more of least error that meets the
+    ratio; what is not needed for it after all is given up again. The best of these choices is
+    taken; it is the least sum of errors where all layers are of one size.
 
     Args:
         zeros: by layer, how many it has with the pattern.
@@ -127,15 +128,27 @@ def least_harm(
         )
     order = {name: place for place, name in enumerate(zeros)}
     ranked = sorted(zeros, key=lambda n: (errors[n] / zeros[n], order[n]))
-    chosen: list[str] = []
+    best: tuple[float, list[str]] | None = None
     total = 0
-    for name in ranked:
-        if total >= target:
-            break
-        chosen.append(name)
+    for place, name in enumerate(ranked):
+        enough = [n for n in ranked[place:] if total + zeros[n] >= target]
+        if enough:
+            last = min(enough, key=lambda n: (errors[n], order[n]))
+            tried = _needed([*ranked[:place], last], zeros, target)
+            harm = sum(errors[n] for n in tried)
+            if best is None or harm < best[0]:
+                best = harm, tried
         total += zeros[name]
-    for name in reversed(list(chosen)):
+    assert best is not None  # the last of all makes it enough
+    return tuple(sorted(best[1], key=order.__getitem__))
+
+
+def _needed(chosen: Sequence[str], zeros: Mapping[str, int], target: float) -> list[str]:
+    """What is chosen, without what the target is met without; the last are given up first."""
+    kept = list(chosen)
+    total = sum(zeros[name] for name in kept)
+    for name in reversed(chosen):
         if total - zeros[name] >= target:
-            chosen.remove(name)
+            kept.remove(name)
             total -= zeros[name]
-    return tuple(sorted(chosen, key=order.__getitem__))
+    return kept

@@ -111,7 +111,7 @@ def measure_alone(
 
     Args:
         program: stays as it is.
-        sites: the weights, in the order of their first readers.
+        sites: the weights.
         shares: by name of weight, the shares of zeros to try.
         way: how they are pruned.
         batches: flat inputs.
@@ -126,7 +126,8 @@ def measure_alone(
     state = Lockstep(program, [tuple(inputs) for inputs in batches], padding_mask)
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     found: dict[str, list[Alone]] = {}
-    for done, site in enumerate(sites):
+    # a tied table is looked up in long before the product where the walk meets it
+    for done, site in enumerate(sorted(sites, key=lambda site: order[site.reader])):
         tell(done, len(sites))
         reader = site.reader
         state.advance(reader)
@@ -135,7 +136,7 @@ def measure_alone(
             h = site.columns(gram(state.inputs_of(reader), reader))
         starts = state.live()
         if any(order[r] < order[reader] for r in site.weight.readers):
-            # a tied table was looked up in before: begin where that is not done yet
+            # begin where the table has not been looked up in
             starts = [dict(zip(program.placeholders, b, strict=True)) for b in batches]
         rest = _Rest(program, site)
         results = found[site.name] = [Alone() for _ in shares[site.name]]
@@ -150,7 +151,7 @@ def measure_alone(
                 worst = _WORST if math.isnan(energy) else min(energy, _WORST)
                 result.noise += worst / len(batches)
     tell(len(sites), len(sites))
-    return found
+    return {site.name: found[site.name] for site in sites}
 
 
 class _Rest:
