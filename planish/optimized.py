@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from planish.backends.base import Artifact
     from planish.ir.compare import Fidelity
     from planish.passes.recipe import Recipe
+    from planish.sparse_cuda import SparseModule
 
 # suffix -> targets that write it, the preferred one first
 _SUFFIXES = {".onnx": ("onnxruntime-cpu", "onnx")}
@@ -55,6 +56,22 @@ class Optimized:
     def model(self) -> OptimizedModule:
         """The program as an ``nn.Module`` with the caller's own signature and output structure."""
         return OptimizedModule(self.program)
+
+    def sparse_model(self, device: str = "cuda") -> SparseModule:
+        """A copy of ``model`` on a GPU, whose 2:4 linears run through sparse tensor cores.
+
+        Weights of f16 or bf16 (``sparsify, cast-half``) in multiples of 32 x 64 are packed; all
+        else stays dense, and ``choice.dense`` of the result says why, by name.
+
+        Args:
+            device: "cuda" or "cuda:1", of compute capability 8.0 or later.
+
+        Raises:
+            UnsupportedError: the device cannot do it, or no weight can be packed.
+        """
+        from planish.sparse_cuda import sparse_module
+
+        return sparse_module(self.program, device)
 
     def export(
         self,

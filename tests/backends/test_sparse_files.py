@@ -37,14 +37,14 @@ class Net(nn.Module):
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 RECIPES = [
-    "sparsify",
-    "sparsify{pattern=unstructured,ratio=0.7}",
-    "sparsify, cast-half",
-    "sparsify, quantize",
-    "sparsify, quantize{mode=dynamic}",
-    "sparsify, round-weights{dtype=int4,block_size=16}",
-    "sparsify, round-weights{dtype=uint4,block_size=16}",
-    "sparsify, round-weights{dtype=int8,block_size=0,convolutions=true}",
+    "sparsify{score=magnitude}",
+    "sparsify{score=magnitude,pattern=unstructured,ratio=0.7}",
+    "sparsify{score=magnitude}, cast-half",
+    "sparsify{score=magnitude}, quantize",
+    "sparsify{score=magnitude}, quantize{mode=dynamic}",
+    "sparsify{score=magnitude}, round-weights{dtype=int4,block_size=16}",
+    "sparsify{score=magnitude}, round-weights{dtype=uint4,block_size=16}",
+    "sparsify{score=magnitude}, round-weights{dtype=int8,block_size=0,convolutions=true}",
 ]
 
 
@@ -102,7 +102,7 @@ def test_a_zero_that_is_none_any_more_is_found(recipe: str, tmp_path: Path) -> N
 
 
 def test_a_dense_weight_in_its_place_is_found(tmp_path: Path) -> None:
-    program, path, name = exported("sparsify", tmp_path)
+    program, path, name = exported("sparsify{score=magnitude}", tmp_path)
     dense = changed(path, name, lambda array: array + np.float32(1))
     with pytest.raises(VerificationError, match=r"8 of 8 of its rows .*0.0% zeros"):
         sparse_in_file(program, dense)
@@ -118,7 +118,7 @@ def test_an_export_that_revives_a_zero_leaves_no_file(
             tensor = torch.where(tensor == 0, 1e-9, tensor)  # nothing that an output would show
         return whole(e, tensor, name, kind)
 
-    result = made("sparsify")
+    result = made("sparsify{score=magnitude}")
     monkeypatch.setattr(Emitter, "tensor", revived)
     with pytest.raises(VerificationError, match="does not keep that"):
         result.export(tmp_path / "model.onnx")
@@ -126,7 +126,7 @@ def test_an_export_that_revives_a_zero_leaves_no_file(
 
 
 def test_a_filter_whose_window_was_rearranged_is_counted(tmp_path: Path) -> None:
-    program = made("sparsify").program
+    program = made("sparsify{score=magnitude}").program
     weight = program.constants["conv.weight"]
     assert isinstance(weight, Tensor)
     own = weight.numpy()

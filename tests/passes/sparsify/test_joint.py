@@ -116,7 +116,7 @@ SCALING = [
 @pytest.mark.parametrize("name", SCALING)
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4x4"])
 def test_a_pass_that_scales_carries_the_claim(name: str, pattern: str) -> None:
-    sparse = f"sparsify{{pattern={pattern}}}"
+    sparse = f"sparsify{{score=magnitude,pattern={pattern}}}"
     before = optimized(sparse).program
     run = optimized(f"{sparse}, {name}")
     assert all(readers(before).values())
@@ -136,7 +136,9 @@ def test_split_outliers_leaves_a_sparse_weight_and_a_side_branch() -> None:
 
 
 def test_parallel_linears_of_different_counts_claim_their_sum() -> None:
-    run = optimized("sparsify{pattern=unstructured,ratio=0.75}, fuse-parallel-linears")
+    run = optimized(
+        "sparsify{score=magnitude,pattern=unstructured,ratio=0.75}, fuse-parallel-linears"
+    )
     wide = next(n for n in run.program.operators if is_op(n, aten.split_with_sizes.default))
     weight = str(wide.args[0].args[1].target)
     layout = run.program.layouts[weight]
