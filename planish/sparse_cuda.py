@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.graph_module import _assign_attr
-from torch.fx.node import map_arg
 
 from planish.ir.errors import UnsupportedError
 from planish.ir.ops import aten, is_op
@@ -111,11 +109,12 @@ class SparseModule(OptimizedModule):
     """
 
     def __init__(self, program: Program, device: torch.device, choice: Choice):
-        super().__init__(on_device(program, device))
+        moved = on_device(program, device)
+        for name in choice.sparse:  # in the program itself: nothing holds the dense one any longer
+            moved.constants[name] = torch.sparse.to_sparse_semi_structured(moved.constants[name])
+            del moved.layouts[name]  # what is packed has no axes to be checked
+        super().__init__(moved)
         self.choice = choice
-        for name in choice.sparse:
-            packed = torch.sparse.to_sparse_semi_structured(self._program.constants[name])
-            _assign_attr(packed, self.body, name)
 
 
 def on_device(program: Program, device: torch.device) -> Program:
@@ -125,9 +124,10 @@ def on_device(program: Program, device: torch.device) -> Program:
         if isinstance(value, Tensor):
             moved.constants[name] = value.to(device).contiguous()
     for node in moved.operators:
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n)
-        node.args = tuple(device if isinstance(a, torch.device) else a for a in args)
-        node.kwargs = {k: device if isinstance(a, torch.device) else a for k, a in kwargs.items()}
+        node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+        node.kwargs = {
+            name: device if isinstance(a, torch.device) else a for name, a in node.kwargs.items()
+        }
     moved.touch()
     return moved
 

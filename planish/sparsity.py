@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CPU_NOTE = (
     "2:4 sparsity does not make this model faster on CPU runtimes: their kernels multiply zeros "
-    "like any number; it pays on GPUs with sparse tensor cores, and in a smaller download"
+    "like any number; GPUs with sparse tensor cores skip them"
 )
 CPU_TARGETS = ("onnxruntime-cpu", "onnx")
 _SHOWN = 12  # weights that the terminal lists; the JSON has them all
@@ -30,15 +30,15 @@ _SHOWN = 12  # weights that the terminal lists; the JSON has them all
 class SparseWeight:
     """A constant that claims a layout.
 
-        Attributes:
-            name: of the constant.
-            layout: that it claims.
-            shape: of the constant.
-    x
-            zeros: the share of numbers that are zero.
-            dense_bytes: what it takes with its zeros.
-            packed_bytes: what the numbers that stay take, and the places of each in its group
-                (2 bits in a group of 4); None where no hardware packs the layout.
+    Attributes:
+        name: of the constant.
+        layout: that it claims.
+        shape: of the constant.
+        dtype: element type: "f32", "int4".
+        zeros: the share of numbers that are zero.
+        dense_bytes: what it takes with its zeros.
+        packed_bytes: what the numbers that stay take, and the places of each in its group
+            (2 bits in a group of 4); None where no hardware packs the layout.
     """
 
     name: str
