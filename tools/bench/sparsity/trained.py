@@ -51,7 +51,7 @@ class Net:
     steps: int
 
 
-NETS = {"resnet": Net(SmallResNet, 600), "vit": Net(SmallViT, 1500)}
+NETS = {"resnet": Net(SmallResNet, 600), "vit": Net(SmallViT, 1000)}
 
 
 @dataclass(frozen=True)
