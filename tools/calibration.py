@@ -72,6 +72,28 @@ def load_calibration(
     raise UsageError(f"{spec!r} is no calibration data", hint=f"give {FORMS}")
 
 
+def labels(labeled: str | None, loss: str | None) -> dict[str, Any]:
+    """What ``--labeled`` and ``--loss`` name, as ``optimize`` takes it.
+
+    Args:
+        labeled: called without arguments; returns a re-iterable of batches with labels.
+        loss: taken as it is.
+
+    Raises:
+        UsageError: there is one without the other, one cannot be imported, or no batches come.
+    """
+    from planish.tools.loading import import_callable
+
+    if (labeled is None) != (loss is None):
+        given, missing = ("--loss", "--labeled") if labeled is None else ("--labeled", "--loss")
+        raise UsageError(
+            f"{given} without {missing}", hint=f"add {missing} package.module:callable"
+        )
+    if labeled is None or loss is None:
+        return {}
+    return {"labeled": _called(labeled), "loss": import_callable(loss)}
+
+
 class First:
     """An iterable that remembers its first item."""
 

@@ -37,6 +37,16 @@ from planish.tools.watching import watching as watching_options
 @verify_option
 @calibration_option
 @click.option(
+    "--labeled",
+    metavar="MODULE:CALLABLE",
+    help="Returns a list or a loader of batches (inputs, labels), for passes that read the loss.",
+)
+@click.option(
+    "--loss",
+    metavar="MODULE:CALLABLE",
+    help="loss(outputs, batch) -> scalar tensor; batch is what --labeled gives.",
+)
+@click.option(
     "--report",
     type=click.Path(path_type=Path),
     help="Also write the report: *.html, *.json, *.txt.",
@@ -52,6 +62,8 @@ def optimize(
     opset: int | None,
     verify: str,
     calibration: str | None,
+    labeled: str | None,
+    loss: str | None,
     report: Path | None,
     all_passes: bool,
     watching: Watching,
@@ -66,12 +78,17 @@ def optimize(
       planish optimize ./minilm -o minilm.onnx
       planish optimize my_package.models:build -o model.onnx --recipe recipe.yaml
       planish optimize model.pt2 --recipe 'fold-batch-norm,remove-identities' --json
+      planish optimize my_package.models:build -o sparse.onnx \\
+          --recipe 'sparsify{pattern=2:4}' --calibration my_package.data:batches
+      planish optimize my_package.models:build -o sparse.onnx \\
+          --recipe 'sparsify{pattern=unstructured,score=woodfisher,ratio=0.8}' \\
+          --labeled my_package.data:labeled --loss my_package.data:loss
       planish optimize ./minilm --dump-dir dump --print-after-change --timing
       planish optimize dump/003_simplify-layout.pt2 --start-from 4 -o minilm.onnx
       planish optimize ./minilm --bisect-limit 12 --disable-pass recover-attention
     """
     from planish.passes.recipe import resolve
-    from planish.tools.calibration import load_calibration
+    from planish.tools.calibration import labels, load_calibration
     from planish.tools.loading import load_model
     from planish.tools.report import check_report_path, report_text
     from planish.tools.writing import write_text
@@ -85,7 +102,7 @@ def optimize(
     with watching.shown(as_json=as_json), progress as stage:
         stage("loading")
         loaded = load_model(model)
-        extra = {}
+        extra = labels(labeled, loss)
         if calibration is not None:
             extra["calibration"] = load_calibration(calibration, CALIBRATION_BATCH)
         result = optimize_loaded(

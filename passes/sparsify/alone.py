@@ -72,12 +72,14 @@ class Way:
         reads_inputs: whether it wants ``H``.
         pattern: what the weights get.
         damping: for the method.
+        refit: likewise.
     """
 
     method: LayerMethod
     reads_inputs: bool
     pattern: Pattern
     damping: float | None = None
+    refit: int = 0
 
     def prune(self, site: Site, h: Tensor | None, shares: Sequence[float]) -> list[Tensor]:
         """The weight with each of these shares of zeros, in its own shape and type."""
@@ -90,7 +92,7 @@ class Way:
                 own = None if h is None else h[number]
                 zeros = self.pattern.zeros(part.numel(), share)
                 made = self.method(
-                    Task(part, own, self.pattern, zeros, self.damping, known[number])
+                    Task(part, own, self.pattern, zeros, self.damping, known[number], self.refit)
                 )
                 rows.append(torch.where(made.kept, made.rows, 0))
             found.append(site.from_rows(torch.cat(rows)).to(site.weight.value.dtype))

@@ -82,6 +82,7 @@ def choose_ratios(
     context: PassContext,
     *,
     damping: float | None = None,
+    refit: int = 0,
     padding_mask: str = "",
 ) -> Chosen:
     """Measure every layer alone, and choose ratios of least summed error.
@@ -94,6 +95,7 @@ def choose_ratios(
         bounds: what is asked for.
         context: holds the calibration; told of every weight and of the result.
         damping: for the method.
+        refit: likewise.
         padding_mask: input that is 0 for padding, or "".
 
     Raises:
@@ -104,7 +106,7 @@ def choose_ratios(
     batches = list(islice(calibration, bounds.batches))
     measured = _MEASURED.get(score, "magnitude")
     grouped = pattern.kind == "grouped"
-    way = Way(LAYER_METHODS[measured], measured != "magnitude", pattern, damping)
+    way = Way(LAYER_METHODS[measured], measured != "magnitude", pattern, damping, refit)
     shares = (1.0,) if grouped else bounds.shares()
     _check(sites, pattern, bounds)
     found = measure_alone(

@@ -165,6 +165,7 @@ class Sparsify(Pass):
                 Bounds(self.ratio, self.least, self.most, self.batches),
                 context,
                 damping=self.damping,
+                refit=self.refit,
                 padding_mask=self.padding_mask,
             )
             ratios, operators = chosen.ratios, chosen.operators

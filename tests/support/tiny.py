@@ -56,3 +56,15 @@ def branch() -> tuple[nn.Module, Any]:
 def sentences() -> list[dict[str, Tensor]]:
     """A calibration iterable for nothing in particular."""
     return [{"image": torch.randn(1, 3, 8, 8)}]
+
+
+def labeled() -> list[tuple[Tensor, Tensor]]:
+    """Batches with labels, for ``conv_bn``."""
+    drawn = torch.Generator().manual_seed(0)
+    image = torch.randn(6, 4, 3, 8, 8, generator=drawn)
+    return [(x, torch.full((4,), n)) for n, x in enumerate(image)]
+
+
+def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """A scalar that depends on both."""
+    return nn.functional.cross_entropy(outputs.mean((2, 3)), batch[1] % outputs.shape[1])

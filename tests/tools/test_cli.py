@@ -15,6 +15,7 @@ from planish.tools.cli import COMMANDS
 from tests.support.command import Call
 
 MODEL = "tests.support.tiny:conv_bn"
+LABELED = ["--labeled", "tests.support.tiny:labeled", "--loss", "tests.support.tiny:loss"]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,26 @@ def test_optimize_json_is_json_alone(planish_: Call) -> None:
     assert [entry["name"] for entry in facts["passes"]] == ["fold-batch-norm"]
     assert facts["passes"][0]["contract"] == "exact"
     assert facts["fidelity"]["cosine"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "data"),
+    [
+        ("score=fisher", LABELED),
+        ("score=magnitude,layers=sensitivity", ["--calibration", "tests.support.tiny:sentences"]),
+    ],
+)
+def test_optimize_prunes_by_data_that_is_named(
+    options: str, data: list[str], planish_: Call
+) -> None:
+    recipe = f"fold-batch-norm,sparsify{{pattern=1x1,ratio=0.25,{options}}}"
+    code, out, err = planish_("optimize", MODEL, "--recipe", recipe, *data, "--json", "--quiet")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert [p["name"] for p in facts["passes"] if p["changes"]] == ["fold-batch-norm", "sparsify"]
+    code, _, err = planish_("optimize", MODEL, "--recipe", recipe, "--quiet")
+    assert code == 2
+    assert data[0].removeprefix("--") in err
 
 
 def test_export_is_portable_and_checked(planish_: Call, tmp_path: Path) -> None:
@@ -164,6 +185,9 @@ def test_doctor_finds_no_problem_here(planish_: Call) -> None:
         (["optimize", MODEL, "--recipe", "exat"], 2, "exact"),
         (["optimize", MODEL, "-o", "net.tflite"], 2, "no target writes .tflite"),
         (["optimize", MODEL, "-o", "/nonexistent/net.onnx"], 2, "does not exist"),
+        (["optimize", MODEL, "--loss", "tests.support.tiny:loss"], 2, "--loss without --labeled"),
+        (["optimize", MODEL, "--labeled", "a:b"], 2, "--labeled without --loss"),
+        (["optimize", MODEL, *LABELED[:3], "tests.support.tiny:none"], 2, "has no 'none'"),
         (["export", MODEL, "-o", "net.onnx", "--opset", "7"], 2, "opset 7"),
         (["export", MODEL, "-o", "/proc/net.onnx"], 2, "cannot be written"),
         (["optimize", ""], 2, "MODEL is empty"),
