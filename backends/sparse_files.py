@@ -171,9 +171,10 @@ def _array(tensor: onnx.TensorProto) -> np.ndarray:
     from onnx import TensorProto, numpy_helper
 
     array: np.ndarray = numpy_helper.to_array(tensor)
-    narrow = {TensorProto.INT4: np.int8, TensorProto.UINT4: np.uint8}
-    if tensor.data_type in narrow:
-        return array.astype(narrow[tensor.data_type])
+    if tensor.data_type == TensorProto.INT4:
+        return array.astype(np.int8)
+    if tensor.data_type == TensorProto.UINT4:
+        return array.astype(np.uint8)
     if tensor.data_type in (TensorProto.BFLOAT16, TensorProto.FLOAT16):
         return array.astype(np.float32)
     return array

@@ -88,7 +88,7 @@ def check_gpu(device: str | torch.device) -> torch.device:
         raise UnsupportedError(f"{found} has no kernels for 2:4 weights", hint=hint)
     if not torch.cuda.is_available():
         raise UnsupportedError("torch sees no CUDA GPU, which sparse kernels need", hint=hint)
-    if found.index is not None and found.index >= torch.cuda.device_count():
+    if (found.index or 0) >= torch.cuda.device_count():  # no index: the first
         raise UnsupportedError(f"there is no {found}: {torch.cuda.device_count()} GPUs", hint=hint)
     capability = torch.cuda.get_device_capability(found)
     if capability < LEAST_CAPABILITY:
@@ -111,7 +111,9 @@ class SparseModule(OptimizedModule):
     def __init__(self, program: Program, device: torch.device, choice: Choice):
         moved = on_device(program, device)
         for name in choice.sparse:  # in the program itself: nothing holds the dense one any longer
-            moved.constants[name] = torch.sparse.to_sparse_semi_structured(moved.constants[name])
+            dense = moved.constants[name]
+            assert isinstance(dense, Tensor)  # choose looked
+            moved.constants[name] = torch.sparse.to_sparse_semi_structured(dense)
             del moved.layouts[name]  # what is packed has no axes to be checked
         super().__init__(moved)
         self.choice = choice

@@ -89,10 +89,8 @@ def gptq(
         ]  # fmt: skip
         return _joined([codes for codes, _ in parts]), sum(loss for _, loss in parts)
     h, dead = h.double().clone(), h.diagonal() == 0
-    rows = rows.float().clone()
-    rows[:, dead] = 0
     kept = torch.ones_like(rows, dtype=torch.bool) if kept is None else kept
-    rows = torch.where(kept, rows, 0)
+    rows = torch.where(kept & ~dead, rows.float(), 0)
     order, factor = _factor(h, dead, damping, reorder, factors)
     ranges = _searched(scheme) if clip else _plain(scheme)
     scale, zero = ranges(rows, h)
