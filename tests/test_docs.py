@@ -12,6 +12,7 @@ from tests.support.real_models import loaded
 from tests.support.repository import ROOT
 from tests.support.walkthrough import BUNDLE, DEBUGGING, WRONG, blocks
 
+SPARSITY = (ROOT / "docs" / "sparsity.md").read_text(encoding="utf-8")
 QUANTIZATION = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
 
 
@@ -166,3 +167,40 @@ def test_the_page_names_what_exists() -> None:
     for name in re.findall(r"`(--[\w-]+)", QUANTIZATION):
         assert name in options, name
     assert set(re.findall(r"`planish ([\w-]+)", QUANTIZATION)) <= set(COMMANDS)
+
+
+# -- sparsity.md ----------------------------------------------------------------------------------
+
+
+def test_the_code_on_sparsity_runs_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {"__name__": "docs"}
+    for block in re.findall(r"^```python\n(.*?)^```", SPARSITY, re.S | re.M):
+        exec(compile(block, "sparsity.md", "exec"), space)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"sparse.onnx", "sparse-int4.onnx", "sparse-int8.onnx"}
+    output = capsys.readouterr().out
+    assert "dB alone, dense" in output
+    assert "dB alone, 50% zero" in output
+    assert "intensification" in output
+
+
+def test_the_page_on_sparsity_names_what_exists() -> None:
+    from typing import get_args
+
+    from planish.passes.sparsify.methods import Score
+    from planish.passes.sparsify.sparsify import Sparsify
+    from planish.tools.optimize import optimize
+
+    (scores,) = re.findall(r"^\| score \|.*?\n\n", SPARSITY, re.S | re.M)
+    assert set(re.findall(r"^\| `(\w+)`", scores, re.M)) == set(get_args(Score))
+    options = {name for parameter in optimize.params for name in parameter.opts}
+    for name in re.findall(r"(?:`| )(--[\w-]+)", SPARSITY):
+        assert name in options, name
+    fields = set(Sparsify.__dataclass_fields__)
+    for braces in re.findall(r"sparsify\{([^}]*)\}", SPARSITY):
+        assert set(re.findall(r"(\w+)=", braces)) <= fields | {"exclude"}
+    assert set(re.findall(r"`planish ([\w-]+)", SPARSITY)) <= set(COMMANDS)
+    assert len(SPARSITY.splitlines()) <= 150
