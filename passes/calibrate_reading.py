@@ -68,7 +68,7 @@ def flat(batch: object, program: Program, number: int) -> tuple[Any, ...]:
     try:
         _refuse_labels(args, kwargs, program, where)
         inputs = program.signature.flatten(args, kwargs)
-        _check_inputs(inputs, program, where)
+        check_inputs(inputs, program, where)
     except PlanishError as error:
         advice = f"{error.hint}; " if error.hint else ""
         raise UsageError(
@@ -112,7 +112,7 @@ def _refuse_labels(
         )
 
 
-def _check_inputs(inputs: tuple[Any, ...], program: Program, where: str) -> None:
+def check_inputs(inputs: tuple[Any, ...], program: Program, where: str) -> None:
     """Hold a batch against the types of the program's inputs.
 
     Raises:

@@ -28,7 +28,7 @@ from planish.ir.errors import PassError
 def to_blocks(flat: Tensor, size: int) -> Tensor:
     """``[D]`` as ``[ceil(D / size), size]`` in float64, zeros behind the end."""
     padded = F.pad(flat.double(), (0, -len(flat) % size))
-    return padded.unflatten(0, (-1, size))
+    return padded.reshape(-1, size)
 
 
 def at_once_is_cheaper(gradients: int, size: int) -> bool:

@@ -21,6 +21,7 @@ from planish.ir.errors import PlanishError, RequirementError, UsageError
 from planish.ir.execute import evaluate, last_uses
 from planish.ir.program import Program
 from planish.passes.base import Fact, PassContext
+from planish.passes.calibrate_reading import check_inputs
 
 
 def gradients(
@@ -107,7 +108,7 @@ def inputs_of(program: Program, batch: object, where: str) -> tuple[Any, ...]:
         where: for errors.
 
     Raises:
-        UsageError: the batch is neither.
+        UsageError: the batch is neither, or its inputs are not what the program takes.
     """
     signature = program.signature
     args: tuple[Any, ...] = ()
@@ -127,9 +128,11 @@ def inputs_of(program: Program, batch: object, where: str) -> tuple[Any, ...]:
             hint="give (inputs, labels), or a dict with the inputs by name and the labels",
         )  # fmt: skip
     try:
-        return tuple(signature.flatten(args, kwargs))
+        flat = tuple(signature.flatten(args, kwargs))
+        check_inputs(flat, program, where)
     except PlanishError as error:
         raise UsageError(error.what, where=where, hint=error.hint) from error
+    return flat
 
 
 def _again(labeled: Iterable[Any]) -> Iterator[Any]:

@@ -34,6 +34,10 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
 
 
+def first(model: nn.Module) -> nn.Parameter:
+    return next(model.parameters())
+
+
 def train(model: nn.Module, *, start: int, stop: int | None, seed: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(start, stop or 20):
@@ -84,11 +88,11 @@ def test_woodfisher_holds_what_is_gone_at_zero() -> None:
     kept = masks[name].flatten()
     rows = []
     for x, y in LABELED:
-        (g,) = torch.autograd.grad(F.cross_entropy(model(x), y), [model[0].weight])
+        (g,) = torch.autograd.grad(F.cross_entropy(model(x), y), [first(model)])
         rows.append(g.flatten()[kept].double())
     g = torch.stack(rows)
     f = 1e-3 * torch.eye(g.shape[1]).double() + g.t() @ g / len(g)
-    w = model[0].weight.detach().flatten()[kept].double()
+    w = first(model).detach().flatten()[kept].double()
     known = w.square() / (2 * torch.linalg.inv(f).diagonal())
     torch.testing.assert_close(found[name].flatten()[kept], known, rtol=1e-5, atol=1e-12)
 
@@ -104,7 +108,7 @@ def test_obc_scores_are_the_rise_of_the_layers_error() -> None:
     h += 0.01 * h.diagonal().mean() * torch.eye(6)
     for row, mask in enumerate(masks["0.weight"]):
         inverse = torch.linalg.inv(h[mask][:, mask])
-        w = model[0].weight.detach()[row][mask].double()
+        w = first(model).detach()[row][mask].double()
         known = w.square() / (2 * inverse.diagonal())
         torch.testing.assert_close(found[row][mask], known, rtol=1e-5, atol=1e-9)
 

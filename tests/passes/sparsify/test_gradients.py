@@ -124,6 +124,9 @@ def test_a_loss_that_is_none_is_refused(bad: Callable[..., Any], message: str) -
         (torch.zeros(4, 6), "a Tensor is no labeled batch"),
         (((DATA[0][0], DATA[0][0]), DATA[0][1]), "2 positional inputs"),
         ({"y": DATA[0][1]}, "missing input 'x'"),
+        ((torch.zeros(4, 5), DATA[0][1]), "x"),
+        ((torch.zeros(4, 6).long(), DATA[0][1]), "input 'x' is i64; the model takes f32"),
+        (("words", DATA[0][1]), "input 'x' is a str, not a tensor"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_named(batch: object, message: str) -> None:
