@@ -35,9 +35,9 @@ def test_orders_of_methods_are_judged(figures: dict[str, float], holds: list[boo
 
 
 def test_bounds_of_the_language_model_are_judged() -> None:
-    magnitude = smollm2.Row("magnitude", 43.0, 10.0, 1.0, 9.0, 10.0)
-    good = smollm2.Row("sparsegpt", 38.0, 5.0, 599.0, 9.0, 10.0)
-    bad = smollm2.Row("sparsegpt", 38.1, 5.1, 600.0, 10.0, 10.0)
+    magnitude = smollm2.Row("magnitude", 43.0, 10.0, 1.0, 1.0, 9.0, 10.0)
+    good = smollm2.Row("sparsegpt", 38.0, 5.0, 599.0, 1.0, 9.0, 10.0)
+    bad = smollm2.Row("sparsegpt", 38.1, 5.1, 600.0, 1.0, 10.0, 10.0)
     assert list(smollm2.verdicts([magnitude, good]).values()) == [True, True, True]
     assert list(smollm2.verdicts([magnitude, bad]).values()) == [False, False, False]
 

@@ -32,6 +32,7 @@ class Outcome:
         weights: how many constants were pruned.
         refused: how many were not, for a reason.
         seconds: of the pass, its statistics in it.
+        cpu_seconds: of all threads of the process meanwhile.
         peak_bytes: of tensors made by the pass that were alive at once; 0 where not counted.
     """
 
@@ -39,6 +40,7 @@ class Outcome:
     weights: int
     refused: int
     seconds: float
+    cpu_seconds: float
     peak_bytes: int = 0
 
 
@@ -79,15 +81,17 @@ def pruned(
     context = PassContext()
     watch = LiveBytes()
     with spool(calls, program) as context.calibration:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         if count_bytes:
             with watch:
                 done = run_pipeline(program, Recipe.parse(recipe), context)
         else:
             done = run_pipeline(program, Recipe.parse(recipe), context)
-        seconds = time.perf_counter() - start
+        seconds, used = time.perf_counter() - start, time.process_time() - used
     record = done.records[-1]
-    return Outcome(done.program, len(record.changes), len(record.refusals), seconds, watch.peak)
+    return Outcome(
+        done.program, len(record.changes), len(record.refusals), seconds, used, watch.peak
+    )
 
 
 def outputs(program: Program, batches: Sequence[tuple[Any, ...]]) -> list[Tensor]:
