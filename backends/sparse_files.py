@@ -53,10 +53,13 @@ def sparse_in_file(program: Program, path: Path) -> tuple[SparseInFile, ...]:
     names = sorted(map(str, program.constants), key=len, reverse=True)
     for stored, array in _constants(path):
         owner = next((name for name in names if stored.startswith(name)), None)
-        for name, sought in rows.items():
-            sought.look(stored, array)
-            if name == owner and array.ndim > 1:
-                owned[name].append((stored, array))
+        if owner in rows and array.ndim > 1:
+            rows[owner].look(stored, array)
+            owned[owner].append((stored, array))
+    if any(sought.missing for sought in rows.values()):  # beside others, under another's name
+        for stored, array in _constants(path):
+            for sought in rows.values():
+                sought.look(stored, array)
     return tuple(_verdict(n, rows[n], owned[n], layout, path) for n, (layout, _) in wanted.items())
 
 
@@ -115,7 +118,7 @@ class _Rows:
     def look(self, stored: str, array: np.ndarray) -> None:
         """Find rows in a constant of the file."""
         integers = array.dtype.kind in "iu"
-        if integers != self._integers or array.ndim < 2:
+        if integers != self._integers or array.ndim < 2 or not self._left:
             return
         for rows in self._forms(array):
             for shift in _SHIFTS if integers else (0,):
@@ -123,6 +126,9 @@ class _Rows:
                 self._left -= found
                 if found - {self._zero}:
                     self.found_in.append(stored)
+                    break  # the other shifts would find chance alone
+                if not self._left:
+                    return
 
     def _forms(self, array: np.ndarray) -> Iterator[np.ndarray]:
         """A constant as rows ``[.., length]``, in each way that gives rows of this length."""
