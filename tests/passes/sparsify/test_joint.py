@@ -211,6 +211,8 @@ ROUNDING = [
     "round-weights, quantize",
     "gptq{dtype=int8,block_size=0,convolutions=true}, quantize",
     "quantize, correct-bias",
+    "quantize, learn-ranges",
+    "choose-bits{mean_bits=9}, hqq{dtype=uint4}",
 ]
 
 
@@ -233,6 +235,17 @@ def test_rounding_keeps_the_pattern_bit_exactly(text: str) -> None:
     narrow = "dtype=int" in text or text.startswith("quantize")
     for name in rounded if narrow else ():
         assert int(codes[name].min()) > (-8 if "int4" in text else -128)
+
+
+def test_a_weight_that_is_float_again_is_sparse_again() -> None:
+    before = optimized(SPARSE).program
+    run = optimized(f"{SPARSE}, quantize, keep-float{{operators=[linear]}}")
+    assert run.steps[-1].record.changed
+    assert all(readers(run.program).values())
+    floats = set(before.layouts) & set(run.program.layouts)
+    assert floats  # the others are integers still
+    for name in floats:
+        assert run.program.layouts[name] == before.layouts[name]
 
 
 def test_language_models_with_products_the_other_way_round() -> None:
