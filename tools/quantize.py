@@ -133,7 +133,7 @@ def quantize(
           --min-cosine 0.998 --exclude 'encoder.layer.0.*'
       planish quantize model.pt2 -o small.onnx --recipe int4-weight --json
     """
-    from planish.tools.loading import import_callable, load_model
+    from planish.tools.loading import load_model
     from planish.tools.quantized import Bounds, Original, measured
     from planish.tools.report import check_report_path
 
@@ -150,10 +150,7 @@ def quantize(
     with stages(quiet=quiet) as stage:
         stage("loading")
         loaded = load_model(model)
-        if metric is not None:
-            extra["metric"] = import_callable(metric)
-        if labeled is not None:
-            extra["labeled"] = import_callable(labeled)()
+        extra |= _judge(metric, labeled)
         extra["calibration"] = data = _data(calibration, loaded, batch, remarks)
         result = optimize_loaded(
             loaded,
@@ -212,6 +209,14 @@ def _tell(
         return
     print_parts(render(done, found, remarks))
     stdout().print(f"wrote {out}", highlight=False)
+
+
+def _judge(metric: str | None, labeled: str | None) -> dict[str, Any]:
+    """What the metric is, and what it judges on, as ``optimize`` takes them."""
+    from planish.tools.loading import import_callable
+
+    found = {} if metric is None else {"metric": import_callable(metric)}
+    return found if labeled is None else found | {"labeled": import_callable(labeled)()}
 
 
 def _recipe(
