@@ -15,6 +15,7 @@ from torch import SymInt, Tensor
 
 Dims = tuple[sympy.Expr, ...]
 
+NO_TOKENS = "it has no axis of tokens"
 # Pieces of about this many elements stay in the processor's cache.
 PIECE = 1 << 18
 
@@ -161,7 +162,7 @@ def _token_axes(rest: list[sympy.Expr], tokens: sympy.Expr) -> tuple[tuple[int, 
         # A fixed number of features may equal the number of tokens by chance.
         found = found[:-1]
     if not found:
-        return (), "it has no axis of tokens"
+        return (), NO_TOKENS
     if tokens.is_Integer:
         if len(found) > 1:
             return (), f"several axes of it have size {tokens}: declare dimensions dynamic"

@@ -21,7 +21,7 @@ from planish.ir.execute import evaluate
 from planish.ir.ops import argument, aten, is_op
 from planish.ir.program import Program
 from planish.passes.observe.feeding import Padding
-from planish.passes.observe.layout import rows_of
+from planish.passes.observe.layout import NO_TOKENS, rows_of
 from planish.passes.rounding.targets import CONVOLUTIONS
 
 
@@ -107,7 +107,8 @@ class Lockstep:
     def inputs_of(self, reader: Node) -> Iterator[Tensor]:
         """What a linear or convolution reads, batch by batch, as ``[groups, tokens, inputs]``.
 
-        Padding is left out where a mask was named.
+        Padding is left out where a mask was named. A value without an axis of tokens, such as the
+        pooled state of a sentence, has none that are padding.
         """
         source = _operand(reader)
         layout = self._padding.layout(source)
@@ -115,7 +116,7 @@ class Lockstep:
             x = values[source] if source in values else self._shared[source]
             if is_op(reader, *CONVOLUTIONS):
                 yield _windows(reader, x)
-            elif mask is None:
+            elif mask is None or layout.problem == NO_TOKENS:
                 yield x.reshape(1, -1, x.shape[-1])
             else:
                 if layout.problem is not None:

@@ -179,7 +179,7 @@ def test_doctor_finds_no_problem_here(planish_: Call) -> None:
         (["optimize", "tests.support.tiny:missing"], 2, "has no 'missing'"),
         (["optimize", "tests.support.tiny:not_a_model"], 2, "returned a int"),
         (["optimize", "tests.support.tiny:broken"], 2, "the checkpoint is gone"),
-        (["optimize", "tests.support.tiny:branch"], 1, "if x.sum() > 0"),
+        (["optimize", "tests.support.tiny:branch"], 4, "if x.sum() > 0"),
         (["optimize", "nothing"], 2, "no model at 'nothing'"),
         (["optimize", "weights.safetensors"], 2, "not weights"),
         (["optimize", MODEL, "--recipe", "exat"], 2, "exact"),

@@ -240,6 +240,26 @@ def test_padding_stays_out_of_the_statistics() -> None:
     torch.testing.assert_close(h.float(), kept.T @ kept * (2 / len(kept)))
 
 
+def test_a_pooled_value_has_no_padding_and_counts_in_full() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.fc(x[:, 0]) + mask.sum()
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 5, 8), torch.ones(3, 5)
+    mask[1, 3:] = 0
+    program = capture(Pooled().eval(), (x, mask))
+    reader = find_weights(program)[0][0].products[0]
+    state = Lockstep(program, spool([(x, mask)], program), "mask")
+    state.advance(reader)
+    h = gram(state.inputs_of(reader), reader)[0]
+    torch.testing.assert_close(h.float(), x[:, 0].T @ x[:, 0] * (2 / 3))
+
+
 @pytest.mark.parametrize(
     "conv",
     [
