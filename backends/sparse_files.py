@@ -135,6 +135,10 @@ class _Rows:
         for axis, size in enumerate(array.shape):
             if size and array.size // size == self.length:
                 yield _plain(np.moveaxis(array, axis, 0).reshape(size, -1).astype(np.float32))
+            elif array.ndim == 2 and array.size > size * self.length:  # a block was filled up
+                rows = array if axis == 0 else array.T
+                if bool((rows[:, self.length :] == 0).all()):
+                    yield _plain(rows[:, : self.length].astype(np.float32))
         if array.ndim == 3 and array.dtype == np.uint8:  # as MatMulNBits reads it
             flat = array.reshape(len(array), -1)
             halves = np.stack([flat & 15, flat >> 4], -1).reshape(len(array), -1)

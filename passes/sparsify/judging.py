@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -225,11 +226,11 @@ def check_options(how: How) -> None:
     """
     if how.block_size < 1:
         raise ValueError(f"block_size is {how.block_size}: entries of a block of F, at least 1")
-    if how.decay < 0:
+    if not 0 <= how.decay < math.inf:
         raise ValueError(f"decay is {how.decay}: the weight decay of the training, 0 or more")
     if how.gradients is not None and how.gradients < 1:
         raise ValueError(f"gradients is {how.gradients}: how many are planned, at least 1")
-    if how.damping is not None and how.damping < 0:
+    if how.damping is not None and not 0 <= how.damping < math.inf:  # nor NaN
         raise ValueError(f"damping is {how.damping}: it is added, 0 or more")
     if how.score == "woodfisher" and how.damping == 0:
         raise ValueError("woodfisher needs damping above 0: F of few gradients is singular")

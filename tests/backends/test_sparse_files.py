@@ -44,6 +44,8 @@ RECIPES = [
     "sparsify{score=magnitude}, quantize{mode=dynamic}",
     "sparsify{score=magnitude}, round-weights{dtype=int4,block_size=16}",
     "sparsify{score=magnitude}, round-weights{dtype=uint4,block_size=16}",
+    "sparsify{score=magnitude}, round-weights{dtype=int4,block_size=24}",  # the last is short
+    "sparsify{score=magnitude}, round-weights{dtype=uint4,block_size=128}",  # so is the only one
     "sparsify{score=magnitude}, round-weights{dtype=int8,block_size=0,convolutions=true}",
 ]
 

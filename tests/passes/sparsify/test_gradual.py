@@ -268,6 +268,9 @@ def test_a_gradient_that_is_nan_is_an_error_and_names_the_batch() -> None:
         ({"score": "undecayed", "decay": -1.0}, "decay is -1"),
         ({"score": "fisher", "gradients": 0}, "gradients is 0"),
         ({"score": "fisher", "damping": -1.0}, "damping is -1"),
+        ({"score": "sparsegpt", "damping": float("nan")}, "damping is nan"),
+        ({"score": "obc", "damping": float("inf")}, "damping is inf"),
+        ({"score": "undecayed", "decay": float("nan")}, "decay is nan"),
     ],
 )
 def test_options_without_meaning_are_refused(options: dict[str, Any], message: str) -> None:
