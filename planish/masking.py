@@ -54,11 +54,15 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set what the masks leave out to zero.
 
     Raises:
-        UsageError: a mask is of no parameter, or of another shape.
+        UsageError: a mask is of no parameter, of another shape, or not bool.
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise UsageError(
+                    f"the mask of {name!r} is {mask.dtype}, not bool", hint="mask != 0"
+                )
             if name not in parameters or parameters[name].shape != mask.shape:
                 raise UsageError(f"a mask {list(mask.shape)} is given for {name!r}, which is "
                                  + ("none of the parameters" if name not in parameters else

@@ -217,7 +217,7 @@ def _remarks(tally: _Tally, ratio: float | None, undefined: int) -> list[str]:
 
 
 def _answers(given: Tensor | Sequence[int], name: str) -> Tensor:
-    values = torch.as_tensor(given)
+    values = _tensor(given, name)
     if values.dim() == 2 and values.shape[1] > 0:
         if bool(values.isnan().any()):
             raise UsageError(f"{name} holds scores that are NaN")
@@ -226,10 +226,19 @@ def _answers(given: Tensor | Sequence[int], name: str) -> Tensor:
 
 
 def _classes(given: Tensor | Sequence[int], name: str) -> Tensor:
-    values = torch.as_tensor(given)
+    values = _tensor(given, name)
     if values.dim() != 1 or (len(values) and values.dtype.is_floating_point):
         raise UsageError(
             f"{name} is {values.dtype} of shape {list(values.shape)}",
             hint="classes are whole numbers [N]" + (", scores [N, C]" if name != "labels" else ""),
         )
     return values.long()
+
+
+def _tensor(given: Tensor | Sequence[int], name: str) -> Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises each: names, ragged rows
+        raise UsageError(
+            f"{name} cannot be read as numbers: {error}", hint="number the classes from 0"
+        ) from error

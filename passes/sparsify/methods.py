@@ -78,7 +78,9 @@ def _by_wanda(task: Task) -> Pruned:
     if task.pattern.kind == "unstructured":
         scores = _within_rows(scores)
     kept = task.pattern.keep(scores, task.zeros)
-    return Pruned(torch.where(kept, task.rows, 0), kept)
+    dead = int((task.h.diagonal() <= 0).sum())  # of these nothing but their places is compared
+    note = f"{dead} of {len(task.h)} inputs are always zero" if dead else ""
+    return Pruned(torch.where(kept, task.rows, 0), kept, note)
 
 
 def _by_obc(task: Task) -> Pruned:

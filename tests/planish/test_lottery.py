@@ -224,3 +224,12 @@ def test_another_score_is_used_and_checked() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         find_ticket(copy.deepcopy(Toy()), train, accuracy, **{"levels": 1, **options})
+
+
+def test_a_mask_of_numbers_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with (
+        pytest.raises(UsageError, match=r"the mask of 'weight' is torch.int64, not bool"),
+        masked(model, {"weight": torch.ones(2, 2, dtype=torch.int64)}),
+    ):
+        pass

@@ -85,6 +85,7 @@ def test_few_samples_are_remarked() -> None:
         ([0, 1], [0], "2 labels, but 1 answers in before"),
         ([], [], "no sample"),
         ([0.5], [0], "labels is torch.float32"),
+        (["cat"], [0], "labels cannot be read as numbers"),
         ([0], torch.full((1, 3), torch.nan), "before holds scores that are NaN"),
         ([0], torch.zeros(1, 2, 3), r"before is torch.float32 of shape \[1, 2, 3\]"),
     ],

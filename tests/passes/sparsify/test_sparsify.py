@@ -307,3 +307,6 @@ def test_dead_inputs_are_noted_on_the_change() -> None:
     assert "1 of 8 inputs are always zero" in result.changes[0].detail
     assert not tensor(result.program, "one.weight")[:, 3].any()
     assert tensor(program, "one.weight")[:, 3].any()
+    fresh = capture(Chain().eval(), (x,))
+    result = run_checked(fresh, Sparsify(score="wanda"), context_of(fresh, [x]))
+    assert "1 of 8 inputs are always zero" in result.changes[0].detail
