@@ -15,11 +15,16 @@ BATCH = 128  # columns between two products with the rest of the matrix
 
 def inverse_factor(h: Tensor, damping: float) -> Tensor:
     """``U`` of ``(H + d I)^-1 = U^T U``, upper triangular, float64; H has no dead inputs."""
-    damped = h + torch.eye(len(h), dtype=h.dtype) * (damping * h.diagonal().mean())
-    # With rows and columns reversed, H = L L^T; so U is the inverse of L, reversed again.
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    # With rows and columns reversed, H = L L^T; so U is the inverse of L, reversed again. Wide
+    # layers are where memory is short: no copy of H lives longer than it must.
+    damped = h.flip(0, 1)
+    damped.diagonal().add_(damping * h.diagonal().mean())
+    lower = torch.linalg.cholesky(damped)
+    del damped
     eye = torch.eye(len(h), dtype=h.dtype)
-    factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    del lower, eye
+    factor: Tensor = inverse.flip(0, 1)
     return factor
 
 

@@ -65,7 +65,8 @@ def _hessian(h: Tensor, damping: float) -> Hessian:
         raise PassError("the inputs of this layer are not all finite")
     dead = h.diagonal() <= 0
     mean = h.diagonal()[~dead].mean() if not bool(dead.all()) else torch.ones((), dtype=h.dtype)
-    living = h + torch.diag(dead * mean)
+    living = h.clone()
+    living.diagonal().add_(dead * mean)
     used = damping
     while True:
         factor = _factor(living, used)
@@ -77,8 +78,8 @@ def _hessian(h: Tensor, damping: float) -> Hessian:
         notes.append(f"{int(dead.sum())} of {len(h)} inputs are always zero")
     if used != damping:
         notes.append(f"damping raised from {damping:g} to {used:g}: H is singular")
-    eye = torch.eye(len(h), dtype=h.dtype)
-    return Hessian(living + eye * (used * mean), factor, dead, "; ".join(notes))
+    living.diagonal().add_(used * mean)
+    return Hessian(living, factor, dead, "; ".join(notes))
 
 
 def _factor(h: Tensor, damping: float) -> Tensor | None:
