@@ -31,6 +31,7 @@ from planish.passes.sparsify.patterns import Pattern
 
 _LAZY = 32  # columns between two updates of all of H^-1
 _MEMORY = 192 * 2**20  # bytes of H^-1 of the rows of a batch
+_SINGLE = 1e6  # a diagonal entry of H^-1, in these units, up to which float32 finds good masks
 _SHRINK = 0.875  # H^-1 is copied without what is gone when this share of it is left
 
 
@@ -56,7 +57,7 @@ def obc(
         known: keeps what is derived from H for other matrices on the same inputs.
         batch: rows (or rows of blocks) at a time; 0 for what fits into 192 MiB. The result does
             not depend on it.
-        dtype: of the search for the mask.
+        dtype: of the search for the mask; float64 where H is nearly singular (damping 0).
 
     Returns:
         The weights ``[outputs, inputs]``, the mask, and a note or "".
@@ -78,7 +79,10 @@ def _mask(
     shared = 1 if grouped else pattern.n  # rows that lose the same weights
     count = pattern.m - pattern.n if grouped else pattern.m
     scale = made.damped.diagonal().sqrt()
-    inverse = (made.inverse * scale[:, None] * scale).to(dtype)
+    inverse = made.inverse * scale[:, None] * scale
+    if float(inverse.diagonal().max()) > _SINGLE:
+        dtype = torch.float64
+    inverse = inverse.to(dtype)
     stacked = (w * scale).to(dtype).unflatten(0, (-1, shared))
     if not batch:
         batch = max(1, _MEMORY // (inverse.numel() * inverse.element_size()))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planish.ir.errors import PassError
@@ -26,6 +26,7 @@ def test_greedy_finds_the_best_pair_of_correlated_weights() -> None:
 
 
 @given(SEEDS, st.sampled_from(PATTERNS))
+@example(273, "unstructured")  # H is nearly singular: a search in float32 loses to magnitude
 @settings(max_examples=30, deadline=None)
 def test_masks_are_exact_and_weights_the_best_of_their_mask(seed: int, text: str) -> None:
     rows, h = layer(16, 32, seed=seed)  # of a few weights a greedy order may lose
