@@ -90,8 +90,12 @@ def measure(methods: Sequence[str], held: int, calibration: int, memory: bool) -
     program = captured(description.load(), args, description.dynamic_shapes)
     test, seen = windows(held, calibration)
     model = bytes_of(program)
-    widest = max(c.shape[-1] for n, c in program.constants.items() if "down_proj" in n)
-    bound = MODELS * model + 8 * widest**2
+    widest = max(
+        c.shape[-1]
+        for n, c in program.constants.items()
+        if "down_proj" in n and isinstance(c, Tensor)
+    )
+    bound = float(MODELS * model + 8 * widest**2)
 
     def judged(of: Program) -> float:
         return perplexity(lambda ids: run(of, (ids,))[0], test)
