@@ -285,7 +285,7 @@ def test_scores_of_the_loss_want_calibration_too() -> None:
     asked = Sparsify(score="fisher", layers="sensitivity", ratio=0.3, scope="layer")
     assert asked.needs() == {Fact.CALIBRATED, Fact.LABELS, Fact.LOSS}
     program, context = branches(0.2, 3.0)
-    context.labeled = [(drawn(4, 32, seed=s), drawn(4, 32, seed=9)) for s in range(4)]
+    context.labeled = [(drawn(24, 32, seed=s), drawn(24, 32, seed=9)) for s in range(4)]
     context.loss = lambda outputs, batch: (outputs[0] - batch[1]).square().mean()
     result = run_checked(program, Sparsify(score="fisher", layers="sensitivity", ratio=0.25),
                          context)  # fmt: skip
