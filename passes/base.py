@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -35,6 +35,23 @@ class Fact(Enum):
     LOSS = "pass loss=... : a function of (outputs, batch) that returns a scalar"
 
 
+class Timer(Protocol):
+    """Measures programs where they will be served."""
+
+    def seconds(self, programs: Sequence[tuple[Program, Sequence[Any]]]) -> list[float]:
+        """Seconds that one run of each takes, lowered to the target, on one thread.
+
+        All are run in turns, so that what else the machine does falls on all alike.
+
+        Args:
+            programs: each with its flat inputs.
+
+        Raises:
+            PlanishError: one cannot be lowered, or the target runs nothing here.
+        """
+        ...
+
+
 @dataclass
 class PassContext:
     """What a pass may look at besides the program.
@@ -56,6 +73,7 @@ class PassContext:
         tell: takes (steps done, steps in all), first with 0, from a pass that takes long: batches
             of calibration inputs, weights, or both added up.
         sites: numbers the rewrite sites of the whole run.
+        timer: measures small programs on the target, or None where nothing can run there.
     """
 
     target: str = "onnx"
@@ -69,6 +87,7 @@ class PassContext:
     remark: Callable[[str], None] = lambda sentence: None
     tell: Callable[[int, int], None] = lambda done, total: None
     sites: SiteCounter = field(default_factory=SiteCounter)
+    timer: Timer | None = None
 
     def facts(self) -> frozenset[Fact]:
         """The facts that hold."""
