@@ -1,0 +1,204 @@
+"""One matrix as the product of two thin ones, with the least error of what it computes.
+
+Of all ``A B`` of rank r that of least ``||W X - A B X||`` has the first r left singular vectors
+``U`` of ``W X`` for A, and ``U^T W`` for B. With ``G = X X^T = L L^T`` those are the left singular
+vectors of ``W L``, and the error is what their tail of singular values says. ``L`` is taken from
+the eigenvalues of G, so that a rank-deficient G needs no special case, and nothing is inverted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Method = Literal["svd", "whitened", "fisher"]
+# Eigenvalues of G below this share of the largest are rounding errors of its sum.
+_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a layer reads, over all calibration rows; float64.
+
+    Attributes:
+        second: ``E[x x^T]``, [inputs, inputs], of what it reads in the program as it is by now.
+        mean: ``E[x]``, [inputs].
+        cross: ``E[x0 x^T]`` with what it read in the program before, or None where that is equal.
+        mean_before: ``E[x0]``, or None.
+        rows: how many.
+    """
+
+    second: Tensor
+    mean: Tensor
+    cross: Tensor | None = None
+    mean_before: Tensor | None = None
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A matrix to be factored.
+
+    Attributes:
+        rows: the weight W, [outputs, inputs].
+        moments: of its inputs; whitened needs them.
+        fisher: sums of squared gradients of each output's weights, [outputs]; fisher needs them.
+        center: whether the bias takes up the mean of the error.
+        damping: share of the mean of diag G that is added to it where W is fitted anew.
+    """
+
+    rows: Tensor
+    moments: Moments | None = None
+    fisher: Tensor | None = None
+    center: bool = True
+    damping: float = 1e-2
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A task solved for all ranks at once.
+
+    Attributes:
+        target: what is truncated, [outputs, inputs] float64: W, or W fitted to what is read now.
+        vectors: orthonormal columns, most important first, [outputs, min(outputs, inputs)].
+        spectrum: singular values; the tail's norm is the error in the method's own measure.
+        scale: of each output before the vectors apply, [outputs]; None for ones.
+        shift: added to the bias for the part of the mean that all ranks share.
+    """
+
+    target: Tensor
+    vectors: Tensor
+    spectrum: Tensor
+    scale: Tensor | None = None
+    task: Task = field(repr=False, kw_only=True)
+
+    def error(self, rank: int) -> float:
+        """Relative error of a rank in the method's own measure, 0 to 1."""
+        energy = self.spectrum.square()
+        total = float(energy.sum())
+        return (float(energy[rank:].sum()) / total) ** 0.5 if total else 0.0
+
+    def factors(self, rank: int) -> Factors:
+        """The two matrices of a rank.
+
+        Raises:
+            ValueError: the rank is not between 1 and the smaller side.
+        """
+        if not 1 <= rank <= len(self.spectrum):
+            raise ValueError(f"rank is {rank}, not between 1 and {len(self.spectrum)}")
+        u = self.vectors[:, :rank]
+        scaled = self.target if self.scale is None else self.scale.unsqueeze(1) * self.target
+        second, first = u, u.t() @ scaled
+        if self.scale is not None:
+            second = second / self.scale.unsqueeze(1)
+        return Factors(first, second, self._shift(second @ first))
+
+    def _shift(self, product: Tensor) -> Tensor | None:
+        """What the bias has to add so that the mean of the output stays: ``W mu0 - A B mu``."""
+        moments = self.task.moments
+        if not self.task.center or moments is None:
+            return None
+        before = moments.mean if moments.mean_before is None else moments.mean_before
+        return self.task.rows.double() @ before - product @ moments.mean
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``W x + b`` as ``second (first x) + b + shift``; float64.
+
+    Attributes:
+        first: B, [rank, inputs].
+        second: A, [outputs, rank].
+        shift: for the bias, [outputs], or None.
+    """
+
+    first: Tensor
+    second: Tensor
+    shift: Tensor | None
+
+
+def solve(task: Task, method: Method) -> Basis:
+    """The best factors of every rank.
+
+    Args:
+        task: the matrix.
+        method: "svd" (least error of the weight), "whitened" (of the output on the calibration
+            inputs; SVD-LLM, DRONE), "fisher" (of the weight, outputs weighted by what the loss
+            makes of them; FWSVD).
+
+    Raises:
+        ValueError: the method lacks its statistics, or a number is not finite.
+    """
+    w = task.rows.double()
+    if not bool(w.isfinite().all()):
+        raise ValueError("the weight is not finite")
+    if method == "svd":
+        vectors, spectrum = _left(w)
+        return Basis(w, vectors, spectrum, task=task)
+    if method == "fisher":
+        if task.fisher is None:
+            raise ValueError("fisher needs gradients of the loss")
+        scale = _row_weights(task.fisher)
+        vectors, spectrum = _left(scale.unsqueeze(1) * w)
+        return Basis(w, vectors, spectrum, scale, task=task)
+    if task.moments is None:
+        raise ValueError("whitened needs inputs of the layer")
+    target, root = _fitted(w, task), _root(_covariance(task.moments, center=task.center))
+    vectors, spectrum = _left(target @ root)
+    return Basis(target, vectors, spectrum, task=task)
+
+
+def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values."""
+    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s
+
+
+def _row_weights(fisher: Tensor) -> Tensor:
+    """Square roots of the Fisher information of each output, an output nothing depends on kept.
+
+    Without a floor such an output would be divided by zero when its scale is undone.
+    """
+    root = fisher.double().clamp(min=0).sqrt()
+    largest = float(root.max())
+    return root.clamp(min=1e-6 * largest) if largest > 0 else torch.ones_like(root)
+
+
+def _covariance(moments: Moments, *, center: bool) -> Tensor:
+    if not center:
+        return moments.second
+    return moments.second - torch.outer(moments.mean, moments.mean)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """``L`` with ``L L^T`` the Gram matrix, from its eigenvalues."""
+    values, vectors = torch.linalg.eigh(gram)
+    top = float(values[-1])
+    values = torch.where(values > _FLOOR * top, values, 0.0) if top > 0 else values * 0
+    return vectors * values.sqrt()
+
+
+def _fitted(w: Tensor, task: Task) -> Tensor:
+    """The matrix that comes nearest to the output before, from what is read now.
+
+    ``min_M ||W X0 - M X||^2`` is ``M = W C (G + d)^-1`` with ``C = E[x0 x^T]``, written as a
+    correction of W so that damping pulls towards W and not towards zero.
+    """
+    moments = task.moments
+    assert moments is not None
+    if moments.cross is None:
+        return w
+    assert moments.mean_before is not None
+    gram = _covariance(moments, center=task.center)
+    cross = moments.cross
+    if task.center:
+        cross = cross - torch.outer(moments.mean_before, moments.mean)
+    mean = float(gram.diagonal().mean())
+    if mean <= 0:
+        return w  # dead inputs
+    damped = gram + torch.eye(len(gram), dtype=gram.dtype) * (task.damping * mean)
+    change: Tensor = torch.linalg.solve(damped, (cross - gram).t() @ w.t()).t()
+    return w + change
