@@ -101,6 +101,17 @@ def macs_by_operator(program: Program) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
+def macs_of(program: Program, node: Node) -> int:
+    """Multiply-accumulates of one operator on the sample."""
+    count = _MACS.get(node.target)
+    return 0 if count is None else count(node, _sample_sizes(program))
+
+
+def sample_shape(program: Program, node: Node) -> tuple[int, ...]:
+    """A value's sizes on the sample."""
+    return tuple(_shape(node, _sample_sizes(program)))
+
+
 def _count(graph: Graph, bodies: Mapping[str, object], sizes: Sizes) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for node in graph.nodes:

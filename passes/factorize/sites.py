@@ -1,0 +1,180 @@
+"""The weights of a program that can be factored, and what a rank of each costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+from torch.fx import Node
+
+from planish.ir.cost import macs_of, sample_shape
+from planish.ir.errors import NothingToDoError, source_line
+from planish.ir.ops import argument, aten, is_op
+from planish.ir.pattern import Refusal
+from planish.ir.program import Program
+from planish.passes.quantize.where import Where
+from planish.passes.rounding.targets import Weight, find_weights
+
+RULE = "factorize-weight"
+Form = Literal["linear", "pair", "spatial", "table"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight to be factored.
+
+    Attributes:
+        program: that it is of.
+        weight: the constant and its one reader.
+        form: linears, k*k then 1*1 convolutions, k*1 then 1*k, or a table of rows and a linear.
+    """
+
+    program: Program
+    weight: Weight
+    form: Form
+
+    @property
+    def name(self) -> str:
+        """Of the constant."""
+        return self.weight.name
+
+    @property
+    def reader(self) -> Node:
+        """The operator that multiplies by it."""
+        return self.weight.readers[0]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The matrix that is factored, [outputs, inputs].
+
+        Of a spatial pair the outputs go with the columns of the window, the inputs with its rows;
+        of a table the outputs are the features, the inputs the words.
+        """
+        if self.form == "spatial":
+            # [O, I, kh, kw] -> [O kw, I kh]
+            return self.weight.value.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
+        if self.form == "table":
+            return self.weight.value.t()
+        return self.weight.rows()
+
+    @property
+    def largest(self) -> int:
+        """The rank at which factors are exact."""
+        return min(self.rows.shape)
+
+    @property
+    def parameters(self) -> int:
+        """Of the weight as it is."""
+        return self.weight.value.numel()
+
+    def parameters_at(self, rank: int) -> int:
+        """Of both factors."""
+        return rank * sum(self.rows.shape)
+
+    @cached_property
+    def macs(self) -> int:
+        """Of the operator as it is, on the sample."""
+        return macs_of(self.program, self.reader)
+
+    def macs_at(self, rank: int) -> int:
+        """Of both operators, on the sample."""
+        outputs, inputs = self.rows.shape
+        if self.form == "table":
+            return math.prod(sample_shape(self.program, self.reader)) * rank
+        if self.form == "spatial":
+            before, after = self._spatial_places()
+            return rank * (before * inputs + after * outputs)
+        return self.macs // (outputs * inputs) * rank * (outputs + inputs)
+
+    def _spatial_places(self) -> tuple[int, int]:
+        """Outputs of one channel of the first convolution and of the second."""
+        source = self.reader.args[0]
+        assert isinstance(source, Node)
+        out = sample_shape(self.program, self.reader)
+        width = sample_shape(self.program, source)[-1]
+        batch = math.prod(out[:-3])
+        return batch * out[-2] * width, batch * out[-2] * out[-1]
+
+    @property
+    def break_even(self) -> float:
+        """The rank from which on the factors hold no fewer numbers than the weight."""
+        return self.parameters / sum(self.rows.shape)
+
+
+def find_sites(
+    program: Program, where: Where, *, spatial: bool, embeddings: bool
+) -> tuple[list[Site], list[Refusal]]:
+    """Weights that can be factored, in the order of their readers, and why others cannot.
+
+    Args:
+        program: where to look.
+        where: a choice among the operators.
+        spatial: whether a convolution becomes two of one row and of one column.
+        embeddings: whether tables count.
+
+    Raises:
+        NothingToDoError: there are none.
+    """
+    weights, refusals = find_weights(
+        program, embeddings=embeddings, convolutions=True, where=where
+    )
+    sites = []
+    for weight in weights:
+        site = Site(program, weight, _form(weight, spatial=spatial))
+        problem = _problem(site)
+        if problem is None:
+            sites.append(site)
+        else:
+            at = weight.readers[0]
+            refusals.append(Refusal(RULE, at.name, problem, source_line(at)))
+    if not sites:
+        why = f": {refusals[0].node}: {refusals[0].reason}" if refusals else ""
+        raise NothingToDoError(
+            f"factorize found no weight it could factor{why}",
+            hint="weights are constants read by linears, convolutions or constant matrix products",
+        )
+    return sites, refusals
+
+
+def _form(weight: Weight, *, spatial: bool) -> Form:
+    if is_op(weight.readers[0], aten.embedding.default):
+        return "table"
+    if not weight.is_convolution:
+        return "linear"
+    window = weight.value.shape[2:]
+    return "spatial" if spatial and len(window) == 2 and min(window) > 1 else "pair"
+
+
+def _problem(site: Site) -> str | None:
+    weight = site.weight
+    if len(weight.readers) > 1:
+        return (
+            f"{len(weight.readers)} operators read it (shared or tied): each would need factors "
+            "of its own"
+        )
+    if weight.layout is not None:
+        return f"it is {weight.layout}: its factors would be dense"
+    if site.form in ("pair", "spatial") and int(argument(site.reader, "groups")) > 1:
+        return "its channels come in groups, which share no factor"
+    if site.form == "spatial" and isinstance(argument(site.reader, "padding"), str):
+        return "its padding is a word: only numbers can be split between the two"
+    if is_op(site.reader, aten.addmm.default):
+        return _addend_problem(site)
+    if site.largest < 2:
+        return "it has one output or one input"
+    return None
+
+
+
+def _addend_problem(site: Site) -> str | None:
+    """Why what ``addmm`` adds is no bias."""
+    reader = site.reader
+    if argument(reader, "beta") != 1 or argument(reader, "alpha") != 1:
+        return "its product is scaled (alpha, beta): fold-scalar may help"
+    bias = site.program.constant(reader.args[0])
+    if not isinstance(bias, Tensor) or bias.shape != (len(site.rows),):
+        return "what it adds is no constant with one number for each output"
+    return None
