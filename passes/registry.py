@@ -60,6 +60,7 @@ REGISTRY: Mapping[str, str] = {
     "gptq": "planish.passes.rounding.gptq:Gptq",
     "awq": "planish.passes.rounding.awq:Awq",
     "sparsify": "planish.passes.sparsify.sparsify:Sparsify",
+    "factorize": "planish.passes.factorize.factorize:Factorize",
 }
 
 

@@ -46,6 +46,7 @@ class Task:
         rows: the weight W, [outputs, inputs].
         moments: of its inputs; whitened needs them.
         fisher: sums of squared gradients of each output's weights, [outputs]; fisher needs them.
+        counts: how often each input comes alone, [inputs], in place of moments: of a table.
         center: whether the bias takes up the mean of the error.
         damping: share of the mean of diag G that is added to it where W is fitted anew.
     """
@@ -53,6 +54,7 @@ class Task:
     rows: Tensor
     moments: Moments | None = None
     fisher: Tensor | None = None
+    counts: Tensor | None = None
     center: bool = True
     damping: float = 1e-2
 
@@ -66,7 +68,7 @@ class Basis:
         vectors: orthonormal columns, most important first, [outputs, min(outputs, inputs)].
         spectrum: singular values; the tail's norm is the error in the method's own measure.
         scale: of each output before the vectors apply, [outputs]; None for ones.
-        shift: added to the bias for the part of the mean that all ranks share.
+        task: what was solved.
     """
 
     target: Tensor
@@ -144,6 +146,9 @@ def solve(task: Task, method: Method) -> Basis:
         scale = _row_weights(task.fisher)
         vectors, spectrum = _left(scale.unsqueeze(1) * w)
         return Basis(w, vectors, spectrum, scale, task=task)
+    if task.counts is not None:
+        vectors, spectrum = _left(w * task.counts.double().sqrt())
+        return Basis(w, vectors, spectrum, task=task)
     if task.moments is None:
         raise ValueError("whitened needs inputs of the layer")
     target, root = _fitted(w, task), _root(_covariance(task.moments, center=task.center))

@@ -79,9 +79,7 @@ def candidates(layer: Layer, multiple: int) -> list[int]:
 
 def by_fraction(layers: Sequence[Layer], keep: float, multiple: int) -> Ranks:
     """The same share of parameters of every layer: ``rank = keep m n / (m + n)``."""
-    return Ranks(
-        {x.name: rounded(keep * x.break_even, multiple, x.largest) for x in layers}, {}
-    )
+    return Ranks({x.name: rounded(keep * x.break_even, multiple, x.largest) for x in layers}, {})
 
 
 def by_error(

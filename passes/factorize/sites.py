@@ -53,12 +53,28 @@ class Site:
         Of a spatial pair the outputs go with the columns of the window, the inputs with its rows;
         of a table the outputs are the features, the inputs the words.
         """
+        return self.matrix(self.weight.value)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """Anything of the weight's shape as ``rows``."""
         if self.form == "spatial":
             # [O, I, kh, kw] -> [O kw, I kh]
-            return self.weight.value.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
+            return x.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
+        return x.t() if self.form == "table" else self.weight.as_rows(x)
+
+    @cached_property
+    def bias(self) -> Tensor | Node | None:
+        """What the operator adds: a constant, something computed, or nothing."""
         if self.form == "table":
-            return self.weight.value.t()
-        return self.weight.rows()
+            return None
+        if is_op(self.reader, aten.mm.default, aten.matmul.default):
+            return None
+        is_addmm = is_op(self.reader, aten.addmm.default)
+        node = self.reader.args[0] if is_addmm else argument(self.reader, "bias")
+        if not isinstance(node, Node):
+            return None
+        value = self.program.constant(node)
+        return value if isinstance(value, Tensor) else node
 
     @property
     def largest(self) -> int:
@@ -118,9 +134,7 @@ def find_sites(
     Raises:
         NothingToDoError: there are none.
     """
-    weights, refusals = find_weights(
-        program, embeddings=embeddings, convolutions=True, where=where
-    )
+    weights, refusals = find_weights(program, embeddings=embeddings, convolutions=True, where=where)
     sites = []
     for weight in weights:
         site = Site(program, weight, _form(weight, spatial=spatial))
@@ -166,7 +180,6 @@ def _problem(site: Site) -> str | None:
     if site.largest < 2:
         return "it has one output or one input"
     return None
-
 
 
 def _addend_problem(site: Site) -> str | None:

@@ -1,0 +1,132 @@
+"""What every layer reads, while the ones before it are factored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from planish.ir.errors import PassError
+from planish.ir.program import Program
+from planish.passes.base import PassContext
+from planish.passes.factorize.factors import Moments
+from planish.passes.factorize.sites import Site
+from planish.passes.observe.feeding import required
+from planish.passes.rounding.lockstep import Lockstep, operand_key
+
+
+class Reading:
+    """Moments of one layer after another, in program order.
+
+    Args:
+        program: may be edited behind the point reached.
+        context: holds the calibration.
+        before: the program as it was, whose outputs are to be met; None where only what is read
+            now counts.
+        padding_mask: input that is 0 for padding, or "".
+
+    Raises:
+        RequirementError: there is no calibration.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        context: PassContext,
+        *,
+        before: Program | None = None,
+        padding_mask: str = "",
+    ):
+        required(context.calibration)
+        assert context.calibration is not None
+        batches = context.calibration
+        self._now = Lockstep(program, batches, padding_mask)
+        self._before = None if before is None else Lockstep(before, batches, padding_mask)
+        self._twins = {} if before is None else {n.name: n for n in before.operators}
+        self._last: tuple[object, Moments] | None = None
+
+    def of(self, site: Site) -> Moments:
+        """What a layer reads. Layers must be asked for in program order.
+
+        Raises:
+            PassError: no input reaches the layer, or a value is not finite.
+        """
+        reader = site.reader
+        key = operand_key(reader)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        self._now.advance(reader)
+        twin = None
+        if self._before is not None:
+            twin = self._twins[reader.name]
+            self._before.advance(twin)
+        now = self._now.inputs_of(reader)
+        before = None if twin is None else self._before_inputs(twin)
+        found = moments(now, reader, before)
+        self._last = (key, found)
+        return found
+
+    def _before_inputs(self, twin: Node) -> Iterator[Tensor]:
+        assert self._before is not None
+        return self._before.inputs_of(twin)
+
+    def counts(self, site: Site) -> Tensor:
+        """How often each row of a table is looked up; one half more for all, so that none is free.
+
+        Raises:
+            PassError: no input reaches the table.
+        """
+        reader = site.reader
+        self._now.advance(reader)
+        indices = reader.args[1]
+        assert isinstance(indices, Node)
+        counts = torch.full((len(site.weight.value),), 0.5, dtype=torch.float64)
+        for values in self._now.values([indices]):
+            counts += torch.bincount(values[indices].flatten().long(), minlength=len(counts))
+        return counts
+
+
+def moments(
+    pieces: Iterator[Tensor], reader: Node, before: Iterator[Tensor] | None = None
+) -> Moments:
+    """Second moments and means of what a layer reads.
+
+    Args:
+        pieces: ``[1, tokens, inputs]`` each.
+        reader: named in errors.
+        before: the same tokens in the program before, or None.
+
+    Raises:
+        PassError: there is no token, or a value is not finite.
+    """
+    rows = 0
+    sums: list[Tensor] = []
+    for piece in pieces:
+        x = piece[0].float()
+        parts = [x.t() @ x, x.sum(0)]
+        if before is not None:
+            old = next(before)[0].float()
+            parts += [old.t() @ x, old.sum(0)]
+        added = [p.double() for p in parts]
+        sums = added if not sums else [a + b for a, b in zip(sums, added, strict=True)]
+        rows += len(x)
+    if not rows:
+        raise PassError("no calibration input reaches this layer", where=reader)
+    if not all(bool(s.isfinite().all()) for s in sums):
+        raise PassError("the inputs of this layer are not all finite", where=reader)
+    second, mean, *rest = (s / rows for s in sums)
+    return Moments(second, mean, *rest, rows=rows)
+
+
+def few_rows(found: Sequence[tuple[Site, Moments]]) -> str | None:
+    """A remark on layers that saw fewer rows than they have inputs."""
+    few = [(s, m.rows) for s, m in found if m.rows < s.rows.shape[1]]
+    if not few:
+        return None
+    site, rows = few[0]
+    return (
+        f"{len(few)} layers saw fewer rows than they have inputs ({site.name}: {rows} for "
+        f"{site.rows.shape[1]}): what these rows do not span is lost, so calibrate with more"
+    )
