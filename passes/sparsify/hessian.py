@@ -23,17 +23,26 @@ class Hessian:
     """A positive definite ``H``.
 
     Attributes:
-        damped: float64 ``[inputs, inputs]``, the damping in it; dead inputs have a diagonal entry
-            like the others' mean, and touch no other input.
+        living: float64 ``[inputs, inputs]``, not to be written to: H itself, but dead inputs have a
+            diagonal entry like the others' mean, and touch no other input.
+        added: to its diagonal, the damping.
         factor: ``U``, upper triangular, of ``damped^-1 = U^T U``.
         dead: bool ``[inputs]``, inputs that are always zero.
         note: what was done beyond the asked, or "".
     """
 
-    damped: Tensor
+    living: Tensor
+    added: float
     factor: Tensor
     dead: Tensor
     note: str
+
+    @property
+    def damped(self) -> Tensor:
+        """The positive definite matrix, in new memory."""
+        damped = self.living.clone()
+        damped.diagonal().add_(self.added)
+        return damped
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -65,8 +74,10 @@ def _hessian(h: Tensor, damping: float) -> Hessian:
         raise PassError("the inputs of this layer are not all finite")
     dead = h.diagonal() <= 0
     mean = h.diagonal()[~dead].mean() if not bool(dead.all()) else torch.ones((), dtype=h.dtype)
-    living = h.clone()
-    living.diagonal().add_(dead * mean)
+    living = h
+    if bool(dead.any()):
+        living = h.clone()
+        living.diagonal().add_(dead * mean)
     used = damping
     while True:
         factor = _factor(living, used)
@@ -78,8 +89,7 @@ def _hessian(h: Tensor, damping: float) -> Hessian:
         notes.append(f"{int(dead.sum())} of {len(h)} inputs are always zero")
     if used != damping:
         notes.append(f"damping raised from {damping:g} to {used:g}: H is singular")
-    living.diagonal().add_(used * mean)
-    return Hessian(living, factor, dead, "; ".join(notes))
+    return Hessian(living, float(used * mean), factor, dead, "; ".join(notes))
 
 
 def _factor(h: Tensor, damping: float) -> Tensor | None:

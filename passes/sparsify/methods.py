@@ -109,8 +109,10 @@ def _by_sparsegpt(task: Task) -> Pruned:
         known=task.known,
     )
     if task.refit:
-        h = hessian(task.h, damping, task.known).damped
-        found = refit_by_gradients(task.rows, rows, kept, h, steps=task.refit)
+        made = hessian(task.h, damping, task.known)
+        found = refit_by_gradients(
+            task.rows, rows, kept, made.living, added=made.added, steps=task.refit
+        )
         rows = found.to(rows.dtype)
     return Pruned(rows, kept, note)
 

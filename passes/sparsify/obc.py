@@ -78,7 +78,7 @@ def _mask(
     grouped = pattern.kind == "grouped"
     shared = 1 if grouped else pattern.n  # rows that lose the same weights
     count = pattern.m - pattern.n if grouped else pattern.m
-    scale = made.damped.diagonal().sqrt()
+    scale = (made.living.diagonal() + made.added).sqrt()
     inverse = made.inverse * scale[:, None] * scale
     if float(inverse.diagonal().max()) > _SINGLE:
         dtype = torch.float64

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def refit_by_gradients(
-    rows: Tensor, start: Tensor, kept: Tensor, h: Tensor, *, steps: int
+    rows: Tensor, start: Tensor, kept: Tensor, h: Tensor, *, steps: int, added: float = 0.0
 ) -> Tensor:
     """Lower the output error of every row with its mask fixed.
 
@@ -23,16 +23,40 @@ def refit_by_gradients(
         rows: the weights to be stood in for, ``[outputs, n]``.
         start: what to begin with, zero where not kept.
         kept: bool ``[outputs, n]``.
-        h: positive definite ``[n, n]``.
+        h: ``[n, n]``, positive definite with what is ``added``.
         steps: products with H.
+        added: to the diagonal of ``h``, of which no copy is made for that.
 
     Returns:
         Float64 ``[outputs, n]``, zero where not kept; a row that did not gain is as in ``start``.
     """
-    start = start.double()
-    h, single = h.double(), h.float()
-    first = (start - rows.double()) @ h
-    scale = torch.where(kept, h.diagonal().reciprocal().float(), 0)
+    h = h.double()
+    first = _times(start.double() - rows.double(), h, added)
+    change = _steps(first, kept, h, added, steps)
+    # Copies of a wide layer are what memory goes to: the rest is done in place.
+    gain = _times(change, h, added).div_(2).add_(first).mul_(change).sum(1, keepdim=True)
+    return change.masked_fill_(~(gain < 0), 0).add_(start)
+
+
+def _times(rows: Tensor, h: Tensor, added: float) -> Tensor:
+    """``rows (H + added I)``."""
+    return (rows @ h).add_(rows, alpha=added)
+
+
+def _steps(first: Tensor, kept: Tensor, h: Tensor, added: float, steps: int) -> Tensor:
+    """The change after some steps, float64; computed in float32.
+
+    Args:
+        first: gradient of the rows to begin with, ``[outputs, n]``.
+        kept: bool ``[outputs, n]``.
+        h: ``[n, n]``.
+        added: to its diagonal.
+        steps: how many.
+    """
+    diagonal = h.diagonal() + added
+    single = h.float()
+    single.diagonal().copy_(diagonal)
+    scale = torch.where(kept, diagonal.reciprocal().float(), 0)
     residual = -first.float()
     moved = torch.zeros_like(residual)
     ahead = scale * residual
@@ -42,10 +66,10 @@ def refit_by_gradients(
         curve = (ahead * bent).sum(1, keepdim=True)
         length = torch.where(curve > 0, power / curve, 0)
         moved += length * ahead
-        residual -= length * bent
+        residual -= bent.mul_(length)
+        del bent
         fresh = scale * residual
         before, power = power, (residual * fresh).sum(1, keepdim=True)
-        ahead = fresh + torch.where(before > 0, power / before, 0) * ahead
-    change = moved.double()
-    gain = (change * (first + change @ h / 2)).sum(1, keepdim=True)
-    return torch.where(gain < 0, start + change, start)
+        ahead.mul_(torch.where(before > 0, power / before, 0)).add_(fresh)
+        del fresh
+    return moved.double()

@@ -53,6 +53,7 @@ class Inputs:
         self._state.advance(site.reader)
         key = operand_key(site.reader)
         if key != self._key:
+            self._last, self._known = torch.empty(0), []  # not beside the next one
             h = site.columns(gram(self._state.inputs_of(site.reader), site.reader))
             self._key, self._last, self._known = key, h, [{} for _ in h]
         return self._last, self._known
@@ -93,25 +94,44 @@ def prune_in_sequence(
         context.tell(done, len(sites))
         if not ratios[site.name]:
             continue
-        parts = site.rows().float().chunk(site.groups)
         h, known = (None, None) if inputs is None else inputs.of(site)
-        made: list[Pruned] = []
-        loss = 0.0
-        for number, part in enumerate(parts):
-            task = Task(
-                part,
-                None if h is None else h[number],
-                pattern,
-                pattern.zeros(part.numel(), ratios[site.name]),
-                damping,
-                {} if known is None else known[number],
-                refit,
-            )
-            made.append(method(task))
-            loss += made[-1].loss(task)
-        notes = [*dict.fromkeys(p.note for p in made if p.note)]
-        if inputs is not None:
-            notes.insert(0, f"output error {loss:.4g}")
-        rows, kept = (torch.cat([getattr(p, w) for p in made]) for w in ("rows", "kept"))
-        write_rows(rewriter, site, rows, kept, pattern, "; ".join(notes))
+        rows, kept, note = _pruned(
+            site, h, known, pattern, ratios[site.name], method, damping=damping, refit=refit
+        )
+        write_rows(rewriter, site, rows, kept, pattern, note)
+        del rows, kept, h, known  # not beside what the next layer needs
     context.tell(len(sites), len(sites))
+
+
+def _pruned(
+    site: Site,
+    h: Tensor | None,
+    known: Sequence[dict[str, Any]] | None,
+    pattern: Pattern,
+    ratio: float,
+    method: LayerMethod,
+    *,
+    damping: float | None,
+    refit: int,
+) -> tuple[Tensor, Tensor, str]:
+    """The rows and the mask of all groups of a layer, and what to say of them."""
+    parts = site.rows().float().chunk(site.groups)
+    made: list[Pruned] = []
+    loss = 0.0
+    for number, part in enumerate(parts):
+        task = Task(
+            part,
+            None if h is None else h[number],
+            pattern,
+            pattern.zeros(part.numel(), ratio),
+            damping,
+            {} if known is None else known[number],
+            refit,
+        )
+        made.append(method(task))
+        loss += made[-1].loss(task)
+    notes = [*dict.fromkeys(p.note for p in made if p.note)]
+    if h is not None:
+        notes.insert(0, f"output error {loss:.4g}")
+    rows, kept = (torch.cat([getattr(p, w) for p in made]) for w in ("rows", "kept"))
+    return rows, kept, "; ".join(notes)

@@ -10,6 +10,7 @@ from planish.passes.sparsify.methods import LAYER_METHODS, Task
 from planish.passes.sparsify.obs import refit
 from planish.passes.sparsify.patterns import Pattern
 from planish.passes.sparsify.refit import refit_by_gradients
+from planish.tools.bench.live_bytes import LiveBytes
 
 
 def drawn(seed: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,6 +54,26 @@ def test_weights_that_are_the_best_already_stay_as_they_are() -> None:
     assert torch.equal(refit_by_gradients(rows, rows, whole, h, steps=5), rows)
     none = torch.zeros_like(kept)
     assert not refit_by_gradients(rows, rows * 0, none, h, steps=5).any()
+
+
+def test_what_is_added_to_the_diagonal_needs_no_copy_with_it() -> None:
+    rows, kept, h = drawn(11, 40, 64)
+    start, asked = torch.where(kept, rows, 0), h.clone()
+    found = refit_by_gradients(rows, start, kept, h, added=0.7, steps=20)
+    whole = refit_by_gradients(rows, start, kept, h + 0.7 * torch.eye(64), steps=20)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+    assert torch.equal(h, asked)
+
+
+def test_a_wide_layer_is_pruned_and_refit_in_little_more_than_its_hessian() -> None:
+    rows, _, h = drawn(13, 96, 256)  # as wide as the widest layer of SmolLM2, 576 x 1536
+    task = Task(rows.float(), h, Pattern.parse("2:4"), 0, refit=3)
+    with LiveBytes() as live:
+        made = LAYER_METHODS["sparsegpt"](task)
+        # U, a float32 copy of H and some of the rows (0.19 each); L, I and L^-1 before that.
+        assert live.peak < 3.3 * h.nbytes
+        assert live.now < 1.4 * h.nbytes  # U, and the rows
+    assert made.rows.shape == rows.shape
 
 
 def test_sparsegpt_is_refit_to_less_than_greedy_surgery_leaves() -> None:
