@@ -84,7 +84,7 @@ class Interpolation:
 
     @property
     def largest(self) -> float:
-        """The greatest |T|: by how much folding may enlarge weights, which a later rounding feels."""
+        """The greatest |T|: by how much weights may grow, which a later rounding feels."""
         return float(self.matrix.abs().max())
 
 
