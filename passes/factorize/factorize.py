@@ -28,6 +28,7 @@ from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.factorize.factors import Basis, Method, Moments, Task, solve
+from planish.passes.factorize.importance import output_importance
 from planish.passes.factorize.ranks import (
     Choice,
     Ranks,
@@ -66,6 +67,8 @@ class Factorize(Pass):
         sequential: each layer is factored by what the ones before it give by then. Whitened only.
         compensate: and fitted to the output that it had in the program before. Whitened only.
         damping: share of the mean of diag G that is added where a layer is fitted anew.
+        aim: what an error counts by: the energy of the layer's own output ("layer"), or what it
+            makes of the model's outputs to first order ("outputs", see importance). Whitened only.
         padding_mask: input that is 1 for tokens and 0 for padding, which is left out.
         where: a choice among the operators.
     """
@@ -93,7 +96,8 @@ class Factorize(Pass):
     bias: bool = True
     sequential: bool = True
     compensate: bool = True
-    damping: float = 1e-2
+    damping: float = 0.1
+    aim: Literal["layer", "outputs"] = "outputs"
     padding_mask: str = ""
     where: Where = field(default_factory=Where)
 
@@ -146,6 +150,7 @@ class _Work:
     ):
         self.options, self.program, self.context, self.sites = options, program, context, sites
         self._fisher = self._information() if options.method == "fisher" else {}
+        self._importance = self._reach()
         self._told, self._steps = 0, len(sites) * (1 if options.rule == "keep" else 2)
         self._known: dict[str, Basis] = {}
 
@@ -174,6 +179,11 @@ class _Work:
             ]
             for s in self.sites
         }
+
+    def _lost(self, basis: Basis, rank: int) -> float:
+        """What a rank of a layer costs, in a unit that all layers share."""
+        outputs = basis.metric is not None and self.options.method == "whitened"
+        return basis.energy(rank) if outputs else basis.error(rank) ** 2
 
     def _costs(
         self, tried: Mapping[str, Sequence[int]]
@@ -231,13 +241,29 @@ class _Work:
         self.context.tell(self._told, self._steps)
         self._told += 1
         center = self.options.bias and not isinstance(site.bias, Node)
+        important = self._importance.get(site.name)
         task = Task(site.rows, fisher=self._fisher.get(site.name), center=False)
         if reading is not None and site.form == "table":
-            task = Task(site.rows, counts=reading.counts(site), center=False)
+            counts = reading.counts(site)
+            task = Task(site.rows, counts=counts, importance=important, center=False)
         elif reading is not None:
-            damping = self.options.damping
-            task = Task(site.rows, reading.of(site), center=center, damping=damping)
+            task = Task(
+                site.rows,
+                reading.of(site),
+                importance=important,
+                center=center,
+                damping=self.options.damping,
+            )
         return solve(task, self.options.method)
+
+    def _reach(self) -> dict[str, Tensor]:
+        """What an error of each layer's output makes of the model's outputs."""
+        if self.options.method != "whitened" or self.options.aim == "layer":
+            return {}
+        axes = {s.reader: -(s.weight.value.dim() - 1) if s.weight.is_convolution else -1
+                for s in self.sites}  # fmt: skip
+        found = output_importance(self.program, axes, self.context, self.options.padding_mask)
+        return {s.name: found[s.reader] for s in self.sites}
 
     def _information(self) -> dict[str, Tensor]:
         """Sums of squared gradients for each output of each weight, over all labeled batches."""

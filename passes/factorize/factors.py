@@ -17,6 +17,8 @@ from torch import Tensor
 Method = Literal["svd", "whitened", "fisher"]
 # Eigenvalues of G below this share of the largest are rounding errors of its sum.
 _FLOOR = 1e-12
+# Of the mean eigenvalue of S, which is estimated from few random directions.
+_METRIC_FLOOR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Task:
         rows: the weight W, [outputs, inputs].
         moments: of its inputs; whitened needs them.
         fisher: sums of squared gradients of each output's weights, [outputs]; fisher needs them.
+        importance: what an error of the outputs makes of the model's outputs, [outputs, outputs]
+            (see importance), or None where all errors count alike.
         counts: how often each input comes alone, [inputs], in place of moments: of a table.
         center: whether the bias takes up the mean of the error.
         damping: share of the mean of diag G that is added to it where W is fitted anew.
@@ -54,6 +58,7 @@ class Task:
     rows: Tensor
     moments: Moments | None = None
     fisher: Tensor | None = None
+    importance: Tensor | None = None
     counts: Tensor | None = None
     center: bool = True
     damping: float = 1e-2
@@ -67,15 +72,20 @@ class Basis:
         target: what is truncated, [outputs, inputs] float64: W, or W fitted to what is read now.
         vectors: orthonormal columns, most important first, [outputs, min(outputs, inputs)].
         spectrum: singular values; the tail's norm is the error in the method's own measure.
-        scale: of each output before the vectors apply, [outputs]; None for ones.
+        metric: applied to the outputs before vectors are, [outputs, outputs], and its inverse; None
+            for the identity.
         task: what was solved.
     """
 
     target: Tensor
     vectors: Tensor
     spectrum: Tensor
-    scale: Tensor | None = None
+    metric: tuple[Tensor, Tensor] | None = None
     task: Task = field(repr=False, kw_only=True)
+
+    def energy(self, rank: int) -> float:
+        """What a rank loses, in the method's own measure squared."""
+        return float(self.spectrum[rank:].square().sum())
 
     def error(self, rank: int) -> float:
         """Relative error of a rank in the method's own measure, 0 to 1."""
@@ -92,10 +102,11 @@ class Basis:
         if not 1 <= rank <= len(self.spectrum):
             raise ValueError(f"rank is {rank}, not between 1 and {len(self.spectrum)}")
         u = self.vectors[:, :rank]
-        scaled = self.target if self.scale is None else self.scale.unsqueeze(1) * self.target
-        second, first = u, u.t() @ scaled
-        if self.scale is not None:
-            second = second / self.scale.unsqueeze(1)
+        if self.metric is None:
+            second, first = u, u.t() @ self.target
+        else:
+            into, back = self.metric
+            second, first = back @ u, u.t() @ (into @ self.target)
         return Factors(first, second, self._shift(second @ first))
 
     def _shift(self, product: Tensor) -> Tensor | None:
@@ -144,16 +155,19 @@ def solve(task: Task, method: Method) -> Basis:
         if task.fisher is None:
             raise ValueError("fisher needs gradients of the loss")
         scale = _row_weights(task.fisher)
-        vectors, spectrum = _left(scale.unsqueeze(1) * w)
-        return Basis(w, vectors, spectrum, scale, task=task)
+        metric = (torch.diag(scale), torch.diag(1 / scale))
+        vectors, spectrum = _left(metric[0] @ w)
+        return Basis(w, vectors, spectrum, metric, task=task)
     if task.counts is not None:
-        vectors, spectrum = _left(w * task.counts.double().sqrt())
-        return Basis(w, vectors, spectrum, task=task)
-    if task.moments is None:
+        target, seen = w, w * task.counts.double().sqrt()
+    elif task.moments is not None:
+        target = _fitted(w, task)
+        seen = target @ _root(_covariance(task.moments, center=task.center))
+    else:
         raise ValueError("whitened needs inputs of the layer")
-    target, root = _fitted(w, task), _root(_covariance(task.moments, center=task.center))
-    vectors, spectrum = _left(target @ root)
-    return Basis(target, vectors, spectrum, task=task)
+    metric = None if task.importance is None else _metric(task.importance)
+    vectors, spectrum = _left(seen if metric is None else metric[0] @ seen)
+    return Basis(target, vectors, spectrum, metric, task=task)
 
 
 def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +184,16 @@ def _row_weights(fisher: Tensor) -> Tensor:
     root = fisher.double().clamp(min=0).sqrt()
     largest = float(root.max())
     return root.clamp(min=1e-6 * largest) if largest > 0 else torch.ones_like(root)
+
+
+def _metric(importance: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The root of S and its inverse, with a floor under what the samples say nothing of."""
+    values, vectors = torch.linalg.eigh(importance)
+    mean = float(values.clamp(min=0).mean())
+    if mean <= 0:
+        return None  # nothing of this layer reaches the outputs
+    root = (values.clamp(min=0) + _METRIC_FLOOR * mean).sqrt()
+    return (vectors * root) @ vectors.t(), (vectors / root) @ vectors.t()
 
 
 def _covariance(moments: Moments, *, center: bool) -> Tensor:
