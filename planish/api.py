@@ -94,6 +94,7 @@ def optimize(
             the system's folder for temporary files.
     """
     from planish.backends.registry import load_target
+    from planish.backends.timer import TargetTimer
 
     _check_call(target, verify, dump_dir, instruments, calibration, loss, labeled, seed)
     _check_judges(metric, padding_mask)
@@ -118,6 +119,7 @@ def optimize(
         labeled=labeled,
         loss=loss,
         generator=torch.Generator().manual_seed(seed),
+        timer=TargetTimer(target),
     )
     runner = Runner(program, context, verify, dump_dir, tuple(instruments), seed)
     start = time.perf_counter()

@@ -60,6 +60,8 @@ class Factorize(Pass):
             or all share a budget of "parameters", "macs" or measured "latency".
         energy: share of the energy that a rank has to hold.
         error: relative error that a rank may leave.
+        least: under a budget, every layer keeps at least this share of the rank that it has under
+            ``rule=keep``: estimates to first order do not hold for large errors.
         rank_multiple: ranks are multiples of it, as kernels like them.
         convolution: two convolutions, k*k and 1*1 ("pair"), or k*1 and 1*k ("spatial", by svd).
         embeddings: also tables; they get smaller, not faster.
@@ -90,6 +92,7 @@ class Factorize(Pass):
     rule: Rule = "keep"
     energy: float = 0.95
     error: float = 0.1
+    least: float = 0.75
     rank_multiple: int = 8
     convolution: Literal["pair", "spatial"] = "pair"
     embeddings: bool = False
@@ -105,6 +108,8 @@ class Factorize(Pass):
         for name in ("keep", "energy", "error"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, not between 0 and 1")
+        if not 0 <= self.least <= 1:
+            raise ValueError(f"least is {self.least}, not between 0 and 1")
         if self.rank_multiple < 1:
             raise ValueError(f"rank_multiple is {self.rank_multiple}, at least 1")
         if not self.damping > 0:
@@ -170,7 +175,13 @@ class _Work:
 
     def _choices(self, bases: Mapping[str, Basis]) -> dict[str, list[Choice]]:
         """What each layer can be, and what that costs."""
-        tried = {s.name: candidates(s, self.options.rank_multiple) for s in self.sites}
+        o = self.options
+        tried = {
+            s.name: [
+                r for r in candidates(s, o.rank_multiple) if r >= o.least * o.keep * s.break_even
+            ]
+            for s in self.sites
+        }
         costs = self._costs(tried)
         return {
             s.name: [

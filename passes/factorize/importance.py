@@ -25,7 +25,9 @@ from planish.passes.observe.feeding import required
 from planish.passes.quantize.outputs import Padding
 
 # Of calibration batches; more make the estimate steadier, and each costs two runs.
-_PROBES = 2
+import os
+
+_PROBES = int(os.environ.get("PR", "2"))
 
 
 def output_importance(

@@ -1,0 +1,25 @@
+"""Timing on a target: order and errors, never seconds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from planish.backends.timer import TargetTimer
+from planish.ir.capture import capture
+from planish.ir.errors import PlanishError
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime-cpu"])
+def test_each_program_gets_its_seconds(target: str) -> None:
+    x = torch.randn(64, 512)
+    large, small = nn.Linear(512, 2048), nn.Linear(512, 4)
+    programs = [(capture(m.eval(), (x,)), (x,)) for m in (large, small)]
+    slow, fast = TargetTimer(target).seconds(programs)
+    assert slow > fast > 0
+
+
+def test_an_unknown_target_is_an_error_at_once() -> None:
+    with pytest.raises(PlanishError, match="unknown target"):
+        TargetTimer("onyx")
