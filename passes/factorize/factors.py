@@ -18,9 +18,7 @@ Method = Literal["svd", "whitened", "fisher"]
 # Eigenvalues of G below this share of the largest are rounding errors of its sum.
 _FLOOR = 1e-12
 # Of the mean eigenvalue of S, which is estimated from few random directions.
-import os
-
-_METRIC_FLOOR = float(os.environ.get("MF", "1e-2"))
+_METRIC_FLOOR = 1e-2
 
 
 @dataclass(frozen=True)

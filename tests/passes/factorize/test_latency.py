@@ -19,6 +19,8 @@ from planish.passes.factorize.latency import latencies
 from planish.passes.factorize.sites import find_sites
 from planish.passes.quantize.where import Where
 
+LINEARS = Where(include=("*linear*",))
+
 
 class Clock:
     """A target on which a multiply-accumulate takes a second, and an operator ``start`` more."""
@@ -78,7 +80,7 @@ def test_the_pass_stays_within_the_measured_budget() -> None:
 
 
 def test_layers_that_get_no_faster_stay_dense_and_say_so() -> None:
-    options = Factorize(method="svd", rule="latency", keep=0.9, where=Where(include=("*linear*",)))
+    options = Factorize(method="svd", rule="latency", keep=0.9, rank_multiple=1, where=LINEARS)
     remarks: list[str] = []
     context = PassContext(timer=Clock(start=1e6), remark=remarks.append)
     result = options.run(_program(), context)
