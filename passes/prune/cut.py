@@ -1,0 +1,177 @@
+"""Cut units out of a program: constants lose them, and literal sizes follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.fx import Node
+
+from planish.ir.errors import PassError
+from planish.ir.ops import aten, declared_arguments, is_op
+from planish.ir.rewriter import Rewriter
+from planish.passes.prune.groups import Group
+from planish.passes.prune.labels import AllPinnedError, AmbiguousReshapeError, Axis, Labels
+from planish.passes.prune.literals import Removed, literals, old_sizes
+from planish.passes.prune.propagate import grow
+
+RULE = "cut-units"
+_RETARGETED = (
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)
+
+
+def cut(rewriter: Rewriter, kept: Mapping[Group, Tensor]) -> None:
+    """Cut all units but the kept ones, of all groups in one go; each group is a site of its own.
+
+    The program is whole again after ``rewriter.finish()``; groups must be found anew then.
+
+    Args:
+        rewriter: of the program that holds the groups.
+        kept: by group, int64 indices of the units that stay, ascending.
+
+    Raises:
+        PassError: no such units, none kept, or the group does not fit the program (any more).
+    """
+    removed = {group: _removed(rewriter, group, units) for group, units in kept.items()}
+    cutter = _Cutter(rewriter)
+    for group, axes in removed.items():
+        if not any(mask.any() for mask in axes.values()):
+            continue
+        with rewriter.site(RULE, group.first) as allowed:
+            if allowed:
+                rewriter.note(f"{group.name}, {len(kept[group])} kept")
+                cutter.remove(axes)
+
+
+def _removed(rewriter: Rewriter, group: Group, kept: Tensor) -> Removed:
+    """Which indices of every axis of every value leave."""
+    units = kept.tolist()
+    if not units or units != sorted(set(units)) or units[0] < 0 or units[-1] >= group.size:
+        raise PassError(
+            f"{group.name}: the units kept must be ascending numbers below {group.size}, "
+            f"at least one: {units[:8]}",
+            where=group.first,
+        )
+    labels = _grown(rewriter, group)
+    gone = np.ones(group.size + 1, dtype=np.bool_)
+    gone[0] = False
+    gone[kept.numpy() + 1] = False
+    found: Removed = {}
+    for axis, held in labels.of.items():
+        mask: NDArray[np.bool_] = (held > 0) & gone[np.maximum(held, 0)]
+        found[axis] = mask
+    return found
+
+
+def _grown(rewriter: Rewriter, group: Group) -> Labels:
+    seeds = []
+    for place in group.constants:
+        unit = place.unit.numpy()
+        seeds.append((place.node, place.axis, np.where(unit >= 0, unit + 1, -1)))
+    problem = ""
+    try:
+        labels = grow(rewriter.program, seeds, group.size, {})
+    except AllPinnedError as pinned:
+        problem = str(pinned)
+    except AmbiguousReshapeError as ambiguous:
+        problem = str(ambiguous)
+    else:
+        apart = labels.parent == np.arange(len(labels.parent))
+        if apart.all():
+            return labels
+        problem = "some of its units cannot be cut, or only together"
+    raise PassError(
+        f"{group.name} does not fit the program: {problem}",
+        where=group.first,
+        hint="find groups again after every cut",
+    )
+
+
+class _Cutter:
+    """What has been cut so far, in indices of the program as it was."""
+
+    def __init__(self, rewriter: Rewriter):
+        self.rewriter = rewriter
+        self.removed: Removed = {}
+        self.now: dict[Node, Node] = {}  # what stands for a node of the program as it was
+        self.nodes: dict[str, list[Node]] = {}  # of every constant
+        for node in rewriter.program.graph.find_nodes(op="get_attr"):
+            self.nodes.setdefault(str(node.target), []).append(node)
+        graph = rewriter.program.graph
+        self.readers = {node: tuple(node.users) for node in graph.nodes}
+        self.values = dict(rewriter.program.constants)
+
+    def remove(self, axes: Removed) -> None:
+        """Take more indices away."""
+        affected: dict[Node, None] = {}
+        for axis, mask in axes.items():
+            if not mask.any():
+                continue
+            before = self.removed.get(axis)
+            self.removed[axis] = mask if before is None else before | mask
+            self._whole(axis)
+            affected[axis[0]] = None
+        constants = dict.fromkeys(str(n.target) for n in affected if n.op == "get_attr")
+        for name in constants:
+            self._slice(name)
+        around = dict.fromkeys(n for value in affected for n in (value, *self.readers[value]))
+        for node in around:
+            if node.op == "call_function":
+                self._resize(node)
+
+    def _whole(self, axis: Axis) -> None:
+        if self.removed[axis].all():
+            raise PassError(
+                f"nothing would be left along axis {axis[1]} of {axis[0].name}", where=axis[0]
+            )
+
+    def _slice(self, name: str) -> None:
+        nodes = self.nodes[name]
+        value = self.values[name]
+        for axis in range(value.dim()):
+            gone = self.removed.get((nodes[0], axis))
+            if gone is not None:
+                left = torch.from_numpy((~gone).nonzero()[0])
+                value = value.index_select(axis, left)
+        olds = [self.now.get(node, node) for node in nodes]
+        self.rewriter.insert_before(olds[0])
+        new = self.rewriter.constant(value.contiguous(), name, like=nodes[0])
+        for old in dict.fromkeys(olds):
+            self.rewriter.replace(old, new)
+        self.now.update(dict.fromkeys(nodes, new))
+
+    def _resize(self, node: Node) -> None:
+        """Literal sizes of a call, as they are now."""
+        changed = literals(node, self.removed)
+        if not changed:
+            return
+        current = self.now.get(node, node)
+        if is_op(current, *_RETARGETED):
+            current = self._retarget(current)
+            self.now[node] = current
+        args, kwargs = list(current.args), dict(current.kwargs)
+        for position, declared in enumerate(declared_arguments(current)):
+            if declared.name not in changed:
+                continue
+            if position < len(args) and not declared.kwarg_only:
+                args[position] = changed[declared.name]
+            else:
+                kwargs[declared.name] = changed[declared.name]
+        self.rewriter.set_args(current, args, kwargs)
+
+    def _retarget(self, node: Node) -> Node:
+        """A split into equal parts, as one into parts of any sizes."""
+        dim, sizes = old_sizes(node)
+        operand = node.args[0]
+        self.rewriter.insert_before(node)
+        target = aten.split_with_sizes.default
+        new = self.rewriter.call(target, (operand, sizes, dim), like=node)
+        self.rewriter.replace(node, new)
+        return new
