@@ -116,7 +116,7 @@ def measure(
         maker = _Maker(case, folder, worker, tell)
         candidates, failed = maker.all(recipe or case.recipe)
         tell(f"{case.name}: timing {len(candidates)} files")
-        rows = _timed(candidates, rounds)
+        rows = timed_rows(candidates, rounds)
         held = case.held()
         reference: list[Tensor] = []
         for candidate, row in zip(candidates, rows, strict=True):
@@ -279,7 +279,7 @@ def _seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _timed(candidates: Sequence[Candidate], rounds: int) -> list[Row]:
+def timed_rows(candidates: Sequence[Candidate], rounds: int) -> list[Row]:
     """Run everybody in alternation; the order turns by one every round."""
     for candidate in candidates:
         for _ in range(_WARMUP):
@@ -343,4 +343,14 @@ def to_json(results: dict[str, list[Row]]) -> str:
     return json.dumps(plain, indent=2, allow_nan=False)
 
 
-__all__ = ["BASE", "OURS", "PORTABLE", "Candidate", "RivalError", "Row", "measure", "verdicts"]
+__all__ = [
+    "BASE",
+    "OURS",
+    "PORTABLE",
+    "Candidate",
+    "RivalError",
+    "Row",
+    "measure",
+    "timed_rows",
+    "verdicts",
+]
