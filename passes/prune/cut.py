@@ -14,7 +14,7 @@ from planish.ir.errors import PassError
 from planish.ir.ops import aten, declared_arguments, is_op
 from planish.ir.rewriter import Rewriter
 from planish.passes.prune.groups import Group
-from planish.passes.prune.labels import AllPinnedError, AmbiguousReshapeError, Axis, Labels
+from planish.passes.prune.labels import AllPinnedError, AmbiguousReshapeError, Labels
 from planish.passes.prune.literals import Removed, literals, old_sizes
 from planish.passes.prune.propagate import grow
 
@@ -95,42 +95,40 @@ def _grown(rewriter: Rewriter, group: Group) -> Labels:
 
 
 class _Cutter:
-    """What has been cut so far, in indices of the program as it was."""
+    """What has been cut so far, in indices of the program as it was.
+
+    Sizes are read off a copy of that: nodes keep their names in it, but lose their operands in the
+    program once something stands for them.
+    """
 
     def __init__(self, rewriter: Rewriter):
         self.rewriter = rewriter
         self.removed: Removed = {}
-        self.now: dict[Node, Node] = {}  # what stands for a node of the program as it was
+        self.was = {node.name: node for node in rewriter.program.clone().graph.nodes}
+        self.now = {node.name: node for node in rewriter.program.graph.nodes}
         self.nodes: dict[str, list[Node]] = {}  # of every constant
-        for node in rewriter.program.graph.find_nodes(op="get_attr"):
-            self.nodes.setdefault(str(node.target), []).append(node)
-        graph = rewriter.program.graph
-        self.readers = {node: tuple(node.users) for node in graph.nodes}
+        for node in self.was.values():
+            if node.op == "get_attr":
+                self.nodes.setdefault(str(node.target), []).append(node)
         self.values = dict(rewriter.program.constants)
 
     def remove(self, axes: Removed) -> None:
         """Take more indices away."""
         affected: dict[Node, None] = {}
-        for axis, mask in axes.items():
+        for (node, axis), mask in axes.items():
             if not mask.any():
                 continue
-            before = self.removed.get(axis)
-            self.removed[axis] = mask if before is None else before | mask
-            self._whole(axis)
-            affected[axis[0]] = None
-        constants = dict.fromkeys(str(n.target) for n in affected if n.op == "get_attr")
-        for name in constants:
+            value = self.was[node.name]
+            before = self.removed.get((value, axis))
+            self.removed[value, axis] = mask if before is None else before | mask
+            if self.removed[value, axis].all():
+                raise PassError(f"nothing would be left along axis {axis}", where=node)
+            affected[value] = None
+        for name in dict.fromkeys(str(n.target) for n in affected if n.op == "get_attr"):
             self._slice(name)
-        around = dict.fromkeys(n for value in affected for n in (value, *self.readers[value]))
-        for node in around:
+        for node in dict.fromkeys(n for value in affected for n in (value, *value.users)):
             if node.op == "call_function":
                 self._resize(node)
-
-    def _whole(self, axis: Axis) -> None:
-        if self.removed[axis].all():
-            raise PassError(
-                f"nothing would be left along axis {axis[1]} of {axis[0].name}", where=axis[0]
-            )
 
     def _slice(self, name: str) -> None:
         nodes = self.nodes[name]
@@ -140,22 +138,21 @@ class _Cutter:
             if gone is not None:
                 left = torch.from_numpy((~gone).nonzero()[0])
                 value = value.index_select(axis, left)
-        olds = [self.now.get(node, node) for node in nodes]
+        olds = [self.now[node.name] for node in nodes]
         self.rewriter.insert_before(olds[0])
-        new = self.rewriter.constant(value.contiguous(), name, like=nodes[0])
+        new = self.rewriter.constant(value.contiguous(), name, like=olds[0])
         for old in dict.fromkeys(olds):
             self.rewriter.replace(old, new)
-        self.now.update(dict.fromkeys(nodes, new))
+        self.now.update({node.name: new for node in nodes})
 
     def _resize(self, node: Node) -> None:
         """Literal sizes of a call, as they are now."""
         changed = literals(node, self.removed)
         if not changed:
             return
-        current = self.now.get(node, node)
+        current = self.now[node.name]
         if is_op(current, *_RETARGETED):
-            current = self._retarget(current)
-            self.now[node] = current
+            current = self.now[node.name] = self._retarget(current)
         args, kwargs = list(current.args), dict(current.kwargs)
         for position, declared in enumerate(declared_arguments(current)):
             if declared.name not in changed:
@@ -169,9 +166,8 @@ class _Cutter:
     def _retarget(self, node: Node) -> Node:
         """A split into equal parts, as one into parts of any sizes."""
         dim, sizes = old_sizes(node)
-        operand = node.args[0]
         self.rewriter.insert_before(node)
         target = aten.split_with_sizes.default
-        new = self.rewriter.call(target, (operand, sizes, dim), like=node)
+        new = self.rewriter.call(target, (node.args[0], sizes, dim), like=node)
         self.rewriter.replace(node, new)
         return new
