@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from planish.ir.errors import PassError
 from planish.ir.ops import aten, declared_arguments, is_op
@@ -147,9 +148,10 @@ class _Cutter:
 
     def _resize(self, node: Node) -> None:
         """Literal sizes of a call, as they are now."""
-        changed = literals(node, self.removed)
-        if not changed:
+        found = literals(node, self.removed)
+        if not found:
             return
+        changed = {k: map_arg(v, lambda n: self.now[n.name]) for k, v in found.items()}
         current = self.now[node.name]
         if is_op(current, *_RETARGETED):
             current = self.now[node.name] = self._retarget(current)
