@@ -60,6 +60,8 @@ REGISTRY: Mapping[str, str] = {
     "gptq": "planish.passes.rounding.gptq:Gptq",
     "awq": "planish.passes.rounding.awq:Awq",
     "sparsify": "planish.passes.sparsify.sparsify:Sparsify",
+    "interpolate": "planish.passes.prune.interpolate:Interpolate",
+    "prune": "planish.passes.prune.prune:Prune",
     "factorize": "planish.passes.factorize.factorize:Factorize",
 }
 

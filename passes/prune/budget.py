@@ -22,6 +22,9 @@ def work_left(program: Program, groups: Sequence[Group]) -> Callable[[Mapping[Gr
     factors: dict[tuple[str, int], list[Group]] = {}
     for group in groups:
         for place in group.constants:
+            value = program.constant(place.node)
+            if value is None or value.dim() < 2:
+                continue  # a bias is cut along with a matrix, whose work it does not change
             for user in place.node.users:
                 if macs := macs_of(program, user):
                     factors.setdefault((user.name, macs), []).append(group)
