@@ -4,8 +4,7 @@ Of what a layer reads, over calibration inputs, a few columns give nearly all ot
 decompose): the units of the others are cut, and how they follow from the kept ones is folded into
 every layer that reads them (see fold). Nothing is trained, and no label is read.
 
-Either all groups at once, from the activations of the net as it is, or one a round: each group
-proposes to keep a share of its units, and the one that loses least for the work it saves is cut,
+Either all groups at once, from the activations of the net as it is, or one a round (see rounds),
 measured on the net as cut so far, until the work is down to a share.
 
 Source: Chee, Flynn, Damle, De Sa, "Model Preserving Compression for Neural Networks", NeurIPS 2022.
@@ -170,8 +169,7 @@ class _Work:
             said = f": {self.refusals[0].node}: {self.refusals[0].reason}" if self.refusals else ""
             raise NothingToDoError(
                 f"interpolate found no units to cut{said}",
-                hint="units are those between two layers with constant weights, seen at least "
-                "twice as often as there are units",
+                hint="units lie between two layers of constant weights, seen twice as often",
             )
 
     def at_once(self) -> tuple[float, str]:
@@ -249,7 +247,5 @@ def _refusal(group: Group, reason: str) -> Refusal:
 
 
 def _said_of(group: Group, found: Interpolation) -> str:
-    return (
-        f"{group.name}: {len(found.kept)} kept, error {100 * found.relative:.2f} %, "
-        f"max |T| {found.largest:.3g}"
-    )
+    said = f"{group.name}: {len(found.kept)} kept, error {100 * found.relative:.2f} %"
+    return f"{said}, max |T| {found.largest:.3g}"

@@ -22,6 +22,7 @@ from planish.passes.prune.budget import under_budget
 from planish.passes.prune.coupling import find_groups
 from planish.passes.prune.cut import cut
 from planish.passes.prune.groups import Group
+from planish.passes.prune.mask_gradients import mask_gradients
 from planish.passes.prune.scores import best, leveled, magnitude, of_gradients
 from planish.passes.quantize.where import Where
 
@@ -113,8 +114,6 @@ class Prune(Pass):
             reason.update({g: "nothing reads its units" for g in taken if not g.reads})
             taken = [g for g in taken if g.reads]
             if taken:
-                from planish.passes.prune.mask_gradients import mask_gradients
-
                 batches = mask_gradients(program, taken, context)
                 found = of_gradients(batches, taken, squared=self.score == "fisher")
         refusals += [
