@@ -19,6 +19,7 @@ from planish.passes.quantize.where import Where
 from planish.passes.rounding.targets import Weight, find_weights
 
 RULE = "factorize-weight"
+FACTOR = "it is a factor already"
 Form = Literal["linear", "pair", "spatial", "table"]
 
 
@@ -144,7 +145,7 @@ def find_sites(
         else:
             at = weight.readers[0]
             refusals.append(Refusal(RULE, at.name, problem, source_line(at)))
-    if not sites:
+    if not sites and not any(r.reason == FACTOR for r in refusals):
         why = f": {refusals[0].node}: {refusals[0].reason}" if refusals else ""
         raise NothingToDoError(
             f"factorize found no weight it could factor{why}",
@@ -164,6 +165,8 @@ def _form(weight: Weight, *, spatial: bool) -> Form:
 
 def _problem(site: Site) -> str | None:
     weight = site.weight
+    if site.reader.meta.get("from", ("",))[0] == "factorize":
+        return FACTOR
     if len(weight.readers) > 1:
         return (
             f"{len(weight.readers)} operators read it (shared or tied): each would need factors "
