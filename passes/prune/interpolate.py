@@ -43,13 +43,12 @@ class Interpolate(Pass):
 
     Attributes:
         keep: the share of units that every group keeps, for one-shot.
-        tolerance: in its place, the fewest units whose next one would be at most this share of the
-            first: ``|R_kk| / |R_00|``.
+        tolerance: in its place, the fewest units with ``|R_kk| / |R_00|`` at most this.
         mode: "one-shot" cuts all groups by what the net is now; "iterated" one a round.
         macs: the share of multiply-accumulates to come down to, for iterated.
         step: the share of a group's units that it proposes to keep each round.
-        constant: whether units are also made up by a constant, which goes into biases; exact only
-            where no zeros are padded, so other groups go without.
+        constant: whether units are also made up by a constant, which goes into biases; groups that
+            are read with zeros padded go without.
         padding_mask: input that is 1 for tokens and 0 for padding, which is left out.
         where: a choice among the producers of groups.
     """
@@ -230,7 +229,7 @@ class _Work:
             rounds.done(group)
             left = cost(self.program).macs
             self.context.tell(min(99, int(100 * (total - left) / (total - target))), 100)
-        if left == total:
+        if not rounds.count and not rounds.denied:
             self.required([])
         if left > target:
             self.context.remark(

@@ -35,6 +35,7 @@ class Rounds:
 
     Attributes:
         count: groups cut so far.
+        denied: groups whose cut was not allowed.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Rounds:
         constant: Callable[[Group], bool],
     ):
         self.program, self.activations = program, activations
-        self.count = 0
+        self.count = self.denied = 0
         self._decompose, self._constant = decompose, constant
         # The values a group is read as, its size, and its QR.
         self._known: dict[_Key, tuple[set[Node], int, Pivoted | None]] = {}
@@ -98,6 +99,7 @@ class Rounds:
         if any(_key(g) == key and g.size == size for g in groups):
             self._stuck.add(key)
             self.count -= 1
+            self.denied += 1
 
     def _stale(self, group: Group) -> bool:
         known = self._known.get(_key(group))

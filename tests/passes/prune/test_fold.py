@@ -20,6 +20,7 @@ from planish.ir.verify import verify
 from planish.passes.prune.decompose import decompose
 from planish.passes.prune.fold import Fold, columns_of, fold, problem
 from planish.passes.prune.groups import Group, Place, Read
+from tests.passes.rounding.nets import tensor
 
 
 def _units(size: int, columns: int = 1) -> Tensor:
@@ -165,9 +166,11 @@ def test_units_that_others_give_are_folded_away_exactly(
 
 def test_a_constant_goes_into_the_bias() -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 3)).eval()
+    first = nn.Conv2d(2, 4, 1)
+    module = nn.Sequential(first, nn.ReLU(), nn.Conv2d(4, 3, 3)).eval()
     with torch.no_grad():
-        module[0].weight[3], module[0].bias[3] = 0, 2.5  # type: ignore[index]
+        assert first.bias is not None
+        first.weight[3], first.bias[3] = 0, 2.5
     x = torch.randn(8, 2, 5, 5)
     program = capture(module, (x,))
     (wanted,) = run(program, (x,))
@@ -178,13 +181,13 @@ def test_a_constant_goes_into_the_bias() -> None:
     rewriter = Rewriter(program, "test")
     fold(rewriter, {group: Fold(found.kept, found.matrix, found.constant)})
     verify(rewriter.finish())
-    assert not program.constants["2.weight"][:, 3].any()
+    assert not tensor(program, "2.weight")[:, 3].any()
     assert torch.allclose(run(program, (x,))[0], wanted, atol=1e-5)
 
 
 def test_a_diagonal_scales() -> None:
     program, group, _ = _linears()
-    before = program.constants["two.weight"].clone()
+    before = tensor(program, "two.weight").clone()
     kept = torch.tensor([1, 3])
     matrix = torch.zeros(2, 8)
     matrix[0, 1], matrix[1, 3] = 2, 3
@@ -192,7 +195,7 @@ def test_a_diagonal_scales() -> None:
     fold(rewriter, {group: Fold(kept, matrix)})
     rewriter.finish()
     assert torch.allclose(
-        program.constants["two.weight"][:, [1, 3]], before[:, [1, 3]] * matrix[[0, 1], [1, 3]]
+        tensor(program, "two.weight")[:, [1, 3]], before[:, [1, 3]] * matrix[[0, 1], [1, 3]]
     )
 
 

@@ -19,6 +19,7 @@ from planish.passes.prune.activations import Activations
 from planish.passes.prune.coupling import find_groups
 from planish.passes.prune.interpolate import Interpolate
 from planish.passes.quantize.where import Where
+from tests.passes.rounding.nets import tensor
 from tests.support.check import run_checked
 
 
@@ -138,6 +139,19 @@ def test_a_budget_that_cannot_be_met_gives_the_least_and_says_so() -> None:
     assert any("is the least that can be reached; macs asks for 1.0 %" in line for line in said)
 
 
+@pytest.mark.parametrize(("limit", "cuts"), [(0, 0), (2, 1), (3, 1)])
+def test_sites_may_be_denied(limit: int, cuts: int) -> None:
+    """Each round has a fold for each reader and a cut; a fold alone changes nothing but numbers."""
+    made = program(Small(), X)
+    given = context(made, X)
+    given.sites = SiteCounter(limit=limit)
+    result = Interpolate(mode="iterated", macs=0.7).run(made.clone(), given)
+    assert len(result.changes) == limit
+    before, after = (sum(g.size for g in find_groups(p)[0]) for p in (made, result.program))
+    assert (before > after) == bool(cuts)
+    assert len(run(result.program, (X,))[0]) == len(X)
+
+
 def test_rounds_run_only_what_is_behind_the_cut() -> None:
     made = program(Small(), X)
     groups, _ = find_groups(made)
@@ -159,7 +173,7 @@ def test_too_few_positions_are_refused_by_name() -> None:
     (refusal,) = [r for r in result.refusals if "positions" in r.reason]
     assert "seen at 20 positions" in refusal.reason
     assert "at least 32 are wanted" in refusal.reason
-    assert result.program.constants["five.weight"].shape == (5, 16)
+    assert tensor(result.program, "five.weight").shape == (5, 16)
 
 
 def test_dead_units_leave_first() -> None:
@@ -172,8 +186,8 @@ def test_dead_units_leave_first() -> None:
     where = Where(include=("two",))
     result = run_checked(made, Interpolate(keep=0.75, where=where), context(made, X))
     assert torch.allclose(run(result.program, (X,))[0], run(made, (X,))[0], atol=1e-5)
-    assert len(result.program.constants["two.weight"]) == 9
-    assert len(result.program.constants["one.weight"]) == 8
+    assert len(tensor(result.program, "two.weight")) == 9
+    assert len(tensor(result.program, "one.weight")) == 8
 
 
 def test_all_units_dead() -> None:
@@ -209,9 +223,12 @@ def test_padding_is_left_out() -> None:
     )
     short = [(x[:, :6].contiguous(), mask[:, :6].contiguous())]
     masked, bare, alone = (
-        Interpolate(keep=0.5, padding_mask=name)
-        .run(made.clone(), PassContext(calibration=spool(batches, made)))
-        .program.constants["two.weight"]
+        tensor(
+            Interpolate(keep=0.5, padding_mask=name)
+            .run(made.clone(), PassContext(calibration=spool(batches, made)))
+            .program,
+            "two.weight",
+        )
         for name, batches in (("mask", [(x, mask)]), ("", [(x, mask)]), ("mask", short))
     )
     assert torch.allclose(masked, alone, atol=1e-6)

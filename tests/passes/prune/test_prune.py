@@ -19,6 +19,7 @@ from planish.passes.prune.prune import Prune
 from planish.passes.quantize.where import Where
 from planish.passes.recipe import Recipe
 from tests.passes.prune.test_interpolate import Small, X, drawn, macs, program
+from tests.passes.rounding.nets import tensor
 from tests.support.check import run_checked
 
 
@@ -59,7 +60,7 @@ def test_scores_of_the_loss_find_units_that_do_nothing(score: str) -> None:
     options = Prune(score=score, keep=0.75, where=Where(include=("four",)))  # type: ignore[arg-type]
     result = run_checked(made, options, labeled())
     assert torch.allclose(run(result.program, (X,))[0], run(made, (X,))[0], atol=1e-5)
-    assert result.program.constants["five.weight"].shape == (5, 12)
+    assert tensor(result.program, "five.weight").shape == (5, 12)
 
 
 def test_magnitude_takes_the_smallest_rows() -> None:
@@ -70,7 +71,7 @@ def test_magnitude_takes_the_smallest_rows() -> None:
     options = Prune(keep=0.75, where=Where(include=("four",)))
     result = run_checked(made, options)
     kept = [i for i in range(16) if i not in (0, 5, 6, 13)]
-    assert torch.equal(result.program.constants["four.weight"], small.four.weight[kept])
+    assert torch.equal(tensor(result.program, "four.weight"), small.four.weight[kept])
 
 
 @pytest.mark.parametrize("ratio", [0.8, 0.5, 0.2])
@@ -125,6 +126,6 @@ def test_options() -> None:
     assert Prune(score="taylor").needs() == Prune.requires
     for options in ({"keep": 0.0}, {"ratio": 0.5}, {"rule": "macs", "keep": 0.5}):
         with pytest.raises(ValueError, match=r"keep|ratio"):
-            Prune(**options)  # type: ignore[arg-type]  # strings and numbers, on purpose
+            Prune(**options)
     text = "prune{score=fisher, rule=macs, ratio=0.4}, interpolate{mode=iterated, macs=0.7}"
     assert Recipe.parse(str(Recipe.parse(text))) == Recipe.parse(text)

@@ -10,6 +10,7 @@ from planish.ir.capture import capture
 from planish.passes.prune.coupling import find_groups
 from planish.passes.prune.groups import Group
 from planish.passes.prune.scores import best, leveled, magnitude, of_gradients, writers
+from tests.passes.rounding.nets import tensor
 
 
 def _gated() -> nn.Module:
@@ -35,7 +36,7 @@ def test_magnitude_is_the_norm_of_all_rows_that_make_a_unit() -> None:
         "gate.weight",
         "up.weight",
     ]
-    both = torch.cat([module.gate.weight, module.up.weight], 1)  # type: ignore[arg-type,list-item]
+    both = torch.cat([tensor(program, "gate.weight"), tensor(program, "up.weight")], 1)
     found = magnitude(program, group)
     assert found is not None
     assert torch.allclose(found, both.double().norm(dim=1))

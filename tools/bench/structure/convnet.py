@@ -82,7 +82,7 @@ def load(folder: Path, part: str) -> Pictures:
 
 
 def net(width: int = 16) -> nn.Sequential:
-    """Five 3 x 3 convolutions with batch norms, and two linears: 5.6M multiply-accumulates."""
+    """Five 3 x 3 convolutions with batch norms, and two linears: 11.1M multiply-accumulates."""
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
