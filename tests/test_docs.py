@@ -13,6 +13,7 @@ from tests.support.repository import ROOT
 from tests.support.walkthrough import BUNDLE, DEBUGGING, WRONG, blocks
 
 SPARSITY = (ROOT / "docs" / "sparsity.md").read_text(encoding="utf-8")
+STRUCTURE = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
 QUANTIZATION = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
 
 
@@ -204,3 +205,38 @@ def test_the_page_on_sparsity_names_what_exists() -> None:
         assert set(re.findall(r"(\w+)=", braces)) <= fields | {"exclude"}
     assert set(re.findall(r"`planish ([\w-]+)", SPARSITY)) <= set(COMMANDS)
     assert len(SPARSITY.splitlines()) <= 150
+
+
+# -- structure.md ---------------------------------------------------------------------------------
+
+
+def test_the_code_on_structure_runs_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {"__name__": "docs"}
+    for block in re.findall(r"^```python\n(.*?)^```", STRUCTURE, re.S | re.M):
+        exec(compile(block, "structure.md", "exec"), space)
+    assert {path.name for path in tmp_path.iterdir()} == {"narrow-int8.onnx"}
+    output = capsys.readouterr().out
+    assert "neurons" in output
+
+
+def test_the_page_on_structure_names_what_exists() -> None:
+    from typing import get_args
+
+    from planish.passes.factorize.factorize import Factorize
+    from planish.passes.factorize.factors import Method
+    from planish.passes.factorize.ranks import Rule
+    from planish.passes.registry import pass_names
+
+    def rows(title: str) -> set[str]:
+        (table,) = re.findall(rf"^\| {title} \|.*?\n\n", STRUCTURE, re.S | re.M)
+        cells = re.findall(r"^\| (`.*?) \|", table, re.M)
+        return {name for cell in cells for name in re.findall(r"`([\w-]+)", cell)}
+
+    assert rows("method") == set(get_args(Method))
+    assert rows("rule") == set(get_args(Rule))
+    assert rows("pass") - {"fisher"} <= set(pass_names())
+    for braces in re.findall(r"factorize\{([^}]*)\}", STRUCTURE):
+        assert set(re.findall(r"(\w+)=", braces)) <= set(Factorize.__dataclass_fields__)

@@ -81,7 +81,7 @@ class Factorize(Pass):
     bias: bool = True
     sequential: bool = True
     compensate: bool = True
-    damping: float = 0.1
+    damping: float = 0.3
     aim: Literal["layer", "outputs"] = "outputs"
     padding_mask: str = ""
     where: Where = field(default_factory=Where)
