@@ -62,6 +62,7 @@ REGISTRY: Mapping[str, str] = {
     "sparsify": "planish.passes.sparsify.sparsify:Sparsify",
     "interpolate": "planish.passes.prune.interpolate:Interpolate",
     "prune": "planish.passes.prune.prune:Prune",
+    "prune-transformer": "planish.passes.prune.transformer:PruneTransformer",
     "factorize": "planish.passes.factorize.factorize:Factorize",
 }
 
