@@ -93,6 +93,8 @@ def _block(
         return
     wide = [[i for i in axes[s] if shapes[s][i] != 1] for s in (0, 1)]
     reason = _obstacle([[shapes[s][i] for i in wide[s]] for s in (0, 1)], held)
+    if any(i not in wide[s] for s in (0, 1) for i in held[s]):
+        reason = "its units lie along an axis of a single index"
     if reason is not None:
         for side in (0, 1):
             for i in held[side]:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from planish.ir.capture import capture
+from planish.ir.execute import run
+from planish.ir.pattern import Refusal
+from planish.ir.program import Program
+from planish.ir.rewriter import Rewriter
+from planish.passes.base import PassContext
+from planish.passes.calibrate import spool
+from planish.passes.factorize.heads import factor_heads
 from planish.passes.factorize.products import (
     Projections,
     Seen,
@@ -16,6 +24,7 @@ from planish.passes.factorize.products import (
     turn_values,
     turned,
 )
+from planish.passes.quantize.where import Where
 
 
 def _double(*shape: int, seed: int = 0) -> Tensor:
@@ -174,3 +183,144 @@ class TestBadInput:
     def test_weights_that_are_not_finite(self) -> None:
         with pytest.raises(ValueError, match="not finite"):
             turned([_double(4, 4)], torch.full((4, 4), torch.nan), 2)
+
+
+# How large the features of what programs read are.
+FEATURES = torch.logspace(0, -2, 16)
+
+
+class Attention(nn.Module):
+    """Attention with grouped key heads, whose query heads are 8 wide."""
+
+    def __init__(self, heads: int = 4, shared: int = 2, *, bias: bool = True) -> None:
+        super().__init__()
+        self.heads, self.shared = heads, shared
+        self.query = nn.Linear(16, heads * 8, bias=bias)
+        self.key = nn.Linear(16, shared * 8, bias=bias)
+        self.value = nn.Linear(16, shared * 8, bias=bias)
+        self.output = nn.Linear(heads * 8, 16, bias=bias)
+
+    def between(self, x: Tensor) -> Tensor:
+        """What stands between a projection and the attention."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, 16], likewise."""
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            linear(x).view(batch, tokens, n, 8).transpose(1, 2)
+            for linear, n in (
+                (self.query, self.heads),
+                (self.key, self.shared),
+                (self.value, self.shared),
+            )
+        )
+        y = F.scaled_dot_product_attention(
+            self.between(q), self.between(k), v, enable_gqa=self.heads != self.shared
+        )
+        result: Tensor = self.output(y.transpose(1, 2).reshape(batch, tokens, -1))
+        return result
+
+
+class Rotary(Attention):
+    """Queries and keys are scaled by their position."""
+
+    def between(self, x: Tensor) -> Tensor:
+        """As rotary positions do, in one operator."""
+        return x * torch.linspace(0.5, 1, 8)
+
+
+class Fused(nn.Module):
+    """One weight for query, key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.output = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, 16], likewise."""
+        parts = self.qkv(x).split(16, -1)
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.output(y.transpose(1, 2).flatten(2))
+        return result
+
+
+def _thin(model: Attention, rank: int) -> Attention:
+    """Rows of the keys and values of a head repeat each other but for so many dimensions."""
+    with torch.no_grad():
+        for linear in (model.key, model.value):
+            heads = linear.weight.unflatten(0, (-1, 8))
+            mixed = torch.randn(len(heads), 8, rank) @ heads[:, :rank]
+            linear.weight.copy_(mixed.flatten(0, 1))
+    return model
+
+
+def _factored(
+    model: nn.Module, calibrated: bool, keep: float = 0.5, multiple: int = 4
+) -> tuple[Program, Program, list[str], list[Refusal]]:
+    batches = [(torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(i)),)
+               for i in range(8)]  # fmt: skip
+    batches = [(x * FEATURES,) for (x,) in batches]
+    before = capture(model.eval(), batches[0])
+    program = before.clone()
+    rewriter = Rewriter(program, "factorize")
+    context = PassContext(calibration=spool(batches, program) if calibrated else None)
+    names, refusals = factor_heads(
+        rewriter, context, keep=keep, multiple=multiple, calibrated=calibrated, where=Where()
+    )
+    return before, rewriter.finish(), names, refusals
+
+
+class TestPrograms:
+    @pytest.mark.parametrize("calibrated", [False, True])
+    @pytest.mark.parametrize(("heads", "shared"), [(2, 2), (4, 2), (4, 1)])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_known_rank_is_exact(
+        self, heads: int, shared: int, bias: bool, calibrated: bool
+    ) -> None:
+        torch.manual_seed(0)
+        model = _thin(Attention(heads, shared, bias=bias), 4)
+        before, after, names, refusals = _factored(model, calibrated)
+        assert not refusals
+        assert len(names) == 4
+        assert after.constants["query.weight"].shape == (heads * 4, 16)
+        assert after.constants["value.weight"].shape == (shared * 4, 16)
+        assert after.constants["output.weight"].shape == (16, heads * 4)
+        x = (torch.randn(3, 10, 16) * FEATURES,)
+        torch.testing.assert_close(run(after, x)[0], run(before, x)[0], atol=1e-4, rtol=1e-4)
+
+    def test_scale_stays_that_of_the_width_before(self) -> None:
+        _, after, _, _ = _factored(_thin(Attention(2, 2), 4), False)
+        (node,) = [n for n in after.operators if "scaled_dot_product" in n.name]
+        assert node.kwargs["scale"] == pytest.approx(8**-0.5)
+
+    def test_calibration_loses_less(self) -> None:
+        torch.manual_seed(0)
+        model = Attention(2, 2)
+        x = (torch.randn(3, 10, 16) * FEATURES,)
+
+        def wrong(calibrated: bool) -> float:
+            before, after, _, _ = _factored(model, calibrated)
+            return float((run(after, x)[0] - run(before, x)[0]).norm())
+
+        assert wrong(True) < wrong(False)
+
+    def test_rotary_positions_are_refused_but_values_are_not(self) -> None:
+        _, after, names, refusals = _factored(Rotary(2, 2), False)
+        assert names == ["value.weight", "output.weight"]
+        (refusal,) = refusals
+        assert "aten.mul.Tensor stands between the query's projection" in refusal.reason
+        assert after.constants["query.weight"].shape == (16, 16)
+
+    def test_one_weight_for_all_is_refused(self) -> None:
+        before, after, names, refusals = _factored(Fused(), False)
+        assert not names
+        assert len(refusals) == 2
+        assert all("fused with" in r.reason for r in refusals)
+        assert len(list(after.operators)) == len(list(before.operators))
+
+    def test_nothing_less_than_the_width_is_refused(self) -> None:
+        _, _, names, refusals = _factored(Attention(2, 2), False, multiple=8)
+        assert not names
+        assert all("no multiple of 8 is less" in r.reason for r in refusals)

@@ -1,6 +1,6 @@
 """Latency against fidelity on MiniLM for factors, pruned units, int8, and both together.
 
-    python -m planish.tools.bench.structure [--only REGEX] [--rounds 40] [--calibrate 64]
+    python -m planish.tools.bench.structure [--only REGEX] [--rounds 40] [--calibrate 160]
 
 Speed is the median over rounds of the latency of the plain export by that of a file, ONNX Runtime,
 one thread, all files in alternation. A star marks what no other row beats in speed and cosine.
@@ -43,7 +43,7 @@ _FIGURES = ("cosine", "sqnr_db", "lee50", "lee50_loss")
 @click.option("--recipe", "recipes", multiple=True, help="One more row: a recipe as text.")
 @click.option("--rounds", default=40, show_default=True, type=click.IntRange(min=3))
 @click.option(
-    "--calibrate", default=64, show_default=True, type=click.IntRange(min=4), help="Sentences."
+    "--calibrate", default=160, show_default=True, type=click.IntRange(min=4), help="Sentences."
 )
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep all files in this folder.")
 @click.option("--seed", default=0, show_default=True)

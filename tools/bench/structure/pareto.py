@@ -36,11 +36,13 @@ STEPS = {
     "factorize macs=0.6": "factorize{rule=macs,keep=0.6}",
     "factorize latency=0.8": "factorize{rule=latency,keep=0.8}",
     "factorize-heads keep=0.75": "factorize-heads{keep=0.75}",
+    "interpolate keep=0.95 FFN": f"interpolate{{keep=0.95,{_NEURONS}}}",
     "interpolate keep=0.9 FFN": f"interpolate{{keep=0.9,{_NEURONS}}}",
     "interpolate keep=0.8 FFN": f"interpolate{{keep=0.8,{_NEURONS}}}",
     "interpolate keep=0.6 FFN": f"interpolate{{keep=0.6,{_NEURONS}}}",
     "prune magnitude keep=0.9 FFN": f"prune{{score=magnitude,keep=0.9,{_NEURONS}}}",
     "prune fisher keep=0.9 FFN": f"prune{{score=fisher,keep=0.9,{_NEURONS}}}",
+    "prune-transformer macs=0.95": "prune-transformer{macs=0.95}",
     "prune-transformer macs=0.9": "prune-transformer{macs=0.9}",
     "prune-transformer macs=0.8": "prune-transformer{macs=0.8}",
     "prune-transformer macs=0.6": "prune-transformer{macs=0.6}",
@@ -222,13 +224,12 @@ def _opened(name: str, path: Path, timed: Inputs, note: str) -> Candidate:
     return Candidate(name, path, once, outputs, planish=name != BASE, note=note)
 
 
-def beyond(rows: Sequence[Row], chosen: Sequence[Entry], slack: float = 0.0) -> list[str]:
+def beyond(rows: Sequence[Row], chosen: Sequence[Entry]) -> list[str]:
     """Names of compositions that are faster than int8 alone and no less faithful.
 
     Args:
         rows: measured.
         chosen: what they are.
-        slack: cosine that may be given away for the speed.
     """
     by_name = {row.name: row for row in rows if row.ratio is not None}
     alone = [by_name[name] for name in AFTER if name in by_name]
@@ -238,16 +239,16 @@ def beyond(rows: Sequence[Row], chosen: Sequence[Entry], slack: float = 0.0) -> 
         for name in composed
         if name in by_name
         and alone
-        and any(_passes(by_name[name], a, slack) for a in alone)
-        and not any(_passes(a, by_name[name], -slack) for a in alone)
+        and any(_passes(by_name[name], a) for a in alone)
+        and not any(_passes(a, by_name[name]) for a in alone)
     ]
 
 
-def _passes(row: Row, other: Row, slack: float) -> bool:
+def _passes(row: Row, other: Row) -> bool:
     """Whether a row is faster and keeps the cosine of another."""
     assert row.ratio is not None
     assert other.ratio is not None
-    return row.ratio > other.ratio and row.scores["cosine"] >= other.scores["cosine"] - slack
+    return row.ratio > other.ratio and row.scores["cosine"] >= other.scores["cosine"]
 
 
 def frontier(rows: Sequence[Row]) -> set[str]:
@@ -256,5 +257,5 @@ def frontier(rows: Sequence[Row]) -> set[str]:
     return {
         row.name
         for row in measured
-        if not any(_passes(other, row, 0.0) for other in measured if other is not row)
+        if not any(_passes(other, row) for other in measured if other is not row)
     }

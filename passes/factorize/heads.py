@@ -1,0 +1,346 @@
+"""Attention heads whose query and key, or value and output, share fewer dimensions.
+
+Rewrite:
+    softmax(s (A x)^T (B y)) (V y)  ->  the same with r of a head's h rows left in A, B and in V
+Shapes:       A: [heads*h, I] -> [heads*r, I], B and V likewise; the output's weight loses columns.
+Requires:     scaled_dot_product_attention whose operands are linears, split into heads.
+Contract:     lossy; s stays what it was, and is written down where it followed from the width.
+Failures:     rotary positions or norms between a projection and the attention, one weight for
+              several projections, shared weights: refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from planish.ir.errors import source_line
+from planish.ir.ops import argument, aten, is_op, op_name
+from planish.ir.pattern import Refusal
+from planish.ir.program import Program
+from planish.ir.rewriter import Rewriter
+from planish.passes.base import PassContext
+from planish.passes.factorize.factors import Moments
+from planish.passes.factorize.products import (
+    Projections,
+    Seen,
+    bias_of_mean,
+    refitted,
+    turn_scores,
+    turn_values,
+)
+from planish.passes.factorize.sequence import moments
+from planish.passes.observe.feeding import required
+from planish.passes.prune.coupling import find_groups
+from planish.passes.prune.cut import cut
+from planish.passes.prune.groups import Group
+from planish.passes.quantize.where import ATTENTION, Where
+from planish.passes.rounding.lockstep import Lockstep
+
+RULE = "factor-heads"
+_LAYOUT = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int,
+    aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.clone.default,
+    aten.unsqueeze.default, aten.expand.default,
+)  # fmt: skip
+_SPLITS = (
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor,
+    aten.select.int, aten.unbind.int,
+)  # fmt: skip
+
+
+class _RefusedError(Exception):
+    """Why a product is left as it is."""
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Two linears that share the dimensions of heads: query and key, or value and output."""
+
+    attention: Node
+    first: Node
+    second: Node
+    group: Group
+    scores: bool
+    width: int
+    heads: int  # of the query
+    shared: int  # of key and value
+
+
+def factor_heads(
+    rewriter: Rewriter,
+    context: PassContext,
+    *,
+    keep: float,
+    multiple: int = 8,
+    calibrated: bool = True,
+    padding_mask: str = "",
+    where: Where,
+) -> tuple[list[str], list[Refusal]]:
+    """Take dimensions out of heads, in both products of every attention.
+
+    Args:
+        rewriter: of the program; it is whole again after ``finish()``.
+        context: holds the calibration.
+        keep: share of the dimensions of a head that stay.
+        multiple: dimensions that stay are a multiple of it.
+        calibrated: errors count as the calibration inputs make them, else all inputs alike.
+        padding_mask: input that is 0 for padding, or "".
+        where: a choice among the attention operators.
+
+    Returns:
+        Names of the weights that were made smaller, and what was refused.
+
+    Raises:
+        RequirementError: calibration is wanted and there is none.
+    """
+    program = rewriter.program
+    refusals: list[Refusal] = []
+    found: list[_Product] = []
+    groups, _ = find_groups(program)
+    for node in program.operators:
+        if not is_op(node, ATTENTION) or not where.takes(node):
+            continue
+        for find in (_scores, _values):
+            try:
+                found.append(find(program, node, groups))
+            except _RefusedError as why:
+                refusals.append(Refusal(RULE, node.name, str(why), source_line(node)))
+    seen = _read(program, found, context, padding_mask) if calibrated else {}
+    kept: dict[Group, Tensor] = {}
+    names: list[str] = []
+    for product in found:
+        rank = max(multiple, int(keep * product.width / multiple + 1e-9) * multiple)
+        node = product.attention
+        if rank >= product.width:
+            why = f"{product.group.name}: no multiple of {multiple} is less"
+            refusals.append(Refusal(RULE, node.name, why, source_line(node)))
+            continue
+        with rewriter.site(RULE, node) as allowed:
+            if allowed:
+                both = (product.first, product.second)
+                names += [str(argument(linear, "weight").target) for linear in both]
+                kept[_turn(rewriter, product, rank, seen)] = torch.arange(rank)
+    cut(rewriter, kept)
+    return names, refusals
+
+
+# -- where ----------------------------------------------------------------------------------------
+
+
+def _scores(program: Program, node: Node, groups: Sequence[Group]) -> _Product:
+    query, key = (_projection(program, node.args[i], w) for i, w in ((0, "query"), (1, "key")))
+    return _product(node, query, key, groups, scores=True)
+
+
+def _values(program: Program, node: Node, groups: Sequence[Group]) -> _Product:
+    value = _projection(program, node.args[2], "value")
+    output: Any = node
+    while is_op(output, ATTENTION, *_LAYOUT) and len(output.users) == 1:
+        output = next(iter(output.users))
+    if not is_op(output, aten.linear.default):
+        raise _RefusedError(f"its result is not read by one linear alone, but by {output.name}")
+    _owned(program, output, "output")
+    return _product(node, value, output, groups, scores=False)
+
+
+def _projection(program: Program, value: Any, what: str) -> Node:  # noqa: ANN401 - an operand
+    node = value
+    while is_op(node, *_LAYOUT):
+        node = node.args[0]
+    if is_op(node, aten.linear.default):
+        return _owned(program, node, what)
+    if "getitem" in str(node.target) or is_op(node, *_SPLITS):
+        raise _RefusedError(f"the {what} comes from a weight that others are fused with")
+    raise _RefusedError(
+        f"{op_name(node.target)} stands between the {what}'s projection and the attention (rotary "
+        "positions, a norm), so its dimensions may not be turned"
+    )
+
+
+def _owned(program: Program, linear: Node, what: str) -> Node:
+    for name in ("weight", "bias"):
+        operand = argument(linear, name)
+        if operand is not None and (program.constant(operand) is None or len(operand.users) > 1):
+            raise _RefusedError(f"the {what}'s {name} is shared, or no constant")
+    return linear
+
+
+def _product(
+    node: Node, first: Node, second: Node, groups: Sequence[Group], *, scores: bool
+) -> _Product:
+    if argument(node, "dropout_p"):
+        raise _RefusedError("dropout is on")
+    mine = [(o, 0) for o in (argument(first, "weight"), argument(first, "bias")) if o is not None]
+    mine += [(argument(second, "weight"), 0 if scores else 1)]
+    if scores and argument(second, "bias") is not None:
+        mine.append((argument(second, "bias"), 0))
+    for group in groups:
+        if group.kind == "head-dims" and {(p.node, p.axis) for p in group.constants} == set(mine):
+            break
+    else:
+        raise _RefusedError("its dimensions of heads are coupled with more than two projections")
+    width = group.size
+    for place in group.constants:
+        if not torch.equal(place.unit, torch.arange(len(place.unit)) % width):
+            raise _RefusedError("its heads do not lie behind each other")
+    units = {p.node: len(p.unit) // width for p in group.constants}
+    shared = units[argument(second if scores else first, "weight")]
+    heads = units[argument(first if scores else second, "weight")]
+    if shared > 1 and heads > shared:
+        wide = argument(first if scores else second, "weight")
+        _in_order(groups, wide, 0 if scores else 1, width * (heads // shared))
+    return _Product(node, first, second, group, scores, width, heads, shared)
+
+
+def _in_order(groups: Sequence[Group], weight: Node, axis: int, rows: int) -> None:
+    """Heads that share a key must lie behind each other."""
+    for group in groups:
+        for place in group.constants if group.kind == "heads" else ():
+            if place.node is weight and place.axis == axis:
+                if torch.equal(place.unit, torch.arange(len(place.unit)) // rows):
+                    return
+    raise _RefusedError("which query heads share a key is not known")
+
+
+# -- how ------------------------------------------------------------------------------------------
+
+
+def _read(
+    program: Program, found: Sequence[_Product], context: PassContext, padding_mask: str
+) -> dict[Node, Moments]:
+    """What queries, keys and outputs read, in the program as it is."""
+    required(context.calibration)
+    assert context.calibration is not None
+    wanted = {linear for p in found for linear in (p.first, p.second)}
+    lockstep = Lockstep(program, context.calibration, padding_mask)
+    seen: dict[Node, Moments] = {}
+    for node in list(program.operators):
+        if node in wanted:
+            lockstep.advance(node)
+            seen[node] = moments(lockstep.inputs_of(node), node)
+    return seen
+
+
+def _turn(rewriter: Rewriter, product: _Product, rank: int, seen: Mapping[Node, Moments]) -> Group:
+    """Put the turned weights in place, zero behind the rank; returns the group on them."""
+    given = _Weights(rewriter, product)
+    errors = list((_turn_scores if product.scores else _turn_values)(given, rank, seen))
+    node = product.attention
+    if product.scores and argument(node, "scale") is None:
+        rewriter.set_args(node, node.args, {**node.kwargs, "scale": product.width**-0.5})
+    rewriter.note(
+        f"{product.group.name} to {rank}, predicted error up to {max(errors):.3g} of a head"
+    )
+    return given.group()
+
+
+class _Weights:
+    """The weights of a product, read by head and replaced whole."""
+
+    def __init__(self, rewriter: Rewriter, product: _Product):
+        self.rewriter, self.product = rewriter, product
+        self.moved: dict[Node, Node] = {}
+
+    def read(self, linear: Node, name: str) -> Tensor | None:
+        """A weight or bias in float64."""
+        value = self.rewriter.program.constant(argument(linear, name))
+        return None if value is None else value.double()
+
+    def write(self, linear: Node, name: str, value: Tensor) -> None:
+        """Replace it, or give the linear one."""
+        old = argument(linear, name)
+        if old is None:
+            weight = argument(linear, "weight")
+            held = self.rewriter.program.constant(weight)
+            assert held is not None
+            self.rewriter.insert_before(linear)
+            wished = f"{str(weight.target).removesuffix('.weight')}.{name}"
+            new = self.rewriter.constant(value.to(held.dtype), wished, like=linear)
+            self.rewriter.set_args(linear, [*linear.args[:2], new])
+            return
+        held = self.rewriter.program.constant(old)
+        assert held is not None
+        self.rewriter.insert_before(old)
+        made = value.to(held.dtype).contiguous()
+        self.moved[old] = self.rewriter.constant(made, str(old.target), like=old)
+        self.rewriter.replace(old, self.moved[old])
+
+    def group(self) -> Group:
+        """The group on what is there now."""
+        group = self.product.group
+        on = [replace(p, node=self.moved.get(p.node, p.node)) for p in group.constants]
+        return replace(group, constants=tuple(on), reads=())
+
+
+def _turn_scores(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterator[float]:
+    p = w.product
+    query, key = w.read(p.first, "weight"), w.read(p.second, "weight")
+    assert query is not None
+    assert key is not None
+    bias = w.read(p.first, "bias")
+    each = p.heads // p.shared
+    queries = query.reshape(p.shared, each, p.width, -1)
+    keys = key.reshape(p.shared, p.width, -1)
+    added = torch.zeros(len(query)).double() if bias is None else bias
+    biases = added.reshape(p.shared, each, p.width)
+    sees = [Seen(m.second, m.mean) if m else None for m in map(seen.get, (p.first, p.second))]
+    new = torch.zeros_like(queries), torch.zeros_like(biases), torch.zeros_like(keys)
+    for i in range(p.shared):
+        made, turn = turn_scores(Projections(queries[i], biases[i], keys[i]), rank, *sees)
+        new[0][i, :, :rank], new[1][i, :, :rank] = made.queries, made.query_bias
+        new[2][i, :rank] = made.key
+        yield turn.error
+    w.write(p.first, "weight", new[0].reshape(query.shape))
+    w.write(p.second, "weight", new[2].reshape(key.shape))
+    if bias is not None:
+        w.write(p.first, "bias", new[1].flatten())
+    if (key_bias := w.read(p.second, "bias")) is not None:
+        w.write(p.second, "bias", torch.zeros_like(key_bias))
+
+
+def _turn_values(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterator[float]:
+    p = w.product
+    value, output = w.read(p.first, "weight"), w.read(p.second, "weight")
+    assert value is not None
+    assert output is not None
+    each, h = p.heads // p.shared, p.width
+    held = w.read(p.first, "bias")
+    value_bias = torch.zeros(len(value)).double() if held is None else held
+    values = value.reshape(p.shared, h, -1)
+    outputs = output.reshape(len(output), p.shared, each, h)
+    read = seen.get(p.second)
+    covariance = None if read is None else read.second - torch.outer(read.mean, read.mean)
+    blocks = None
+    if covariance is not None:
+        apart = covariance.reshape(p.shared, each, h, p.shared, each, h)
+        blocks = torch.einsum("geigej->gij", apart) / each
+    new, right, left = torch.zeros_like(values), [], []
+    for i in range(p.shared):
+        block = None if blocks is None else blocks[i]
+        made, turn = turn_values(values[i], list(outputs[:, i].unbind(1)), rank, block)
+        new[i, :rank] = made
+        right += [turn.right] * each
+        left += [turn.left.t()] * each
+        yield turn.error
+    down = torch.block_diag(*right)
+    thin = output @ torch.block_diag(*left)
+    if covariance is not None:
+        thin = refitted(output, down, covariance)
+    context_bias = value_bias.reshape(p.shared, 1, h).expand(-1, each, -1).flatten()
+    mean = context_bias if read is None else read.mean
+    gained = bias_of_mean(output, thin @ down, mean, context_bias)
+    wide = torch.zeros(len(output), p.heads, h, dtype=torch.float64)
+    wide[..., :rank] = thin.reshape(len(output), p.heads, rank)
+    w.write(p.first, "weight", new.reshape(value.shape))
+    if held is not None:
+        w.write(p.first, "bias", torch.zeros_like(held))
+    bias = w.read(p.second, "bias")
+    w.write(p.second, "weight", wide.flatten(1))
+    if bias is not None or bool(gained.any()):
+        w.write(p.second, "bias", gained if bias is None else bias + gained)
