@@ -14,6 +14,7 @@ Source:       see the pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -23,6 +24,7 @@ from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import Contract, Fact, Pass, PassContext, PassResult
 from planish.passes.factorize.factors import Method
+from planish.passes.factorize.heads import factor_heads
 from planish.passes.factorize.ranks import Rule
 from planish.passes.factorize.sites import RULE, find_sites
 from planish.passes.factorize.work import Work
@@ -47,6 +49,8 @@ class Factorize(Pass):
         rank_multiple: ranks are multiples of it, as kernels like them.
         convolution: two convolutions, k*k and 1*1 ("pair"), or k*1 and 1*k ("spatial", by svd).
         embeddings: also tables; they get smaller, not faster.
+        heads: also what query and key, and value and output, share inside attention heads: each
+            keeps this share of its dimensions; these four weights are then left as they are.
         bias: the bias takes up the mean of the error; a layer without one gets one. Whitened only.
         sequential: each layer is factored by what the ones before it give by then. Whitened only.
         compensate: and fitted to the output that it had in the program before. Whitened only.
@@ -78,6 +82,7 @@ class Factorize(Pass):
     rank_multiple: int = 8
     convolution: Literal["pair", "spatial"] = "pair"
     embeddings: bool = False
+    heads: bool = False
     bias: bool = True
     sequential: bool = True
     compensate: bool = True
@@ -98,6 +103,8 @@ class Factorize(Pass):
             raise ValueError(f"damping is {self.damping}, not above 0")
         if self.convolution == "spatial" and self.method != "svd":
             raise ValueError("convolution=spatial takes method=svd: its halves share no inputs")
+        if self.heads and (self.method == "fisher" or self.rule != "keep"):
+            raise ValueError("heads=true takes method=svd or whitened, and rule=keep")
 
     def needs(self) -> frozenset[Fact]:
         """Calibration for whitened, labels and a loss for fisher, nothing for svd."""
@@ -110,12 +117,15 @@ class Factorize(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose ranks, then factor every weight, in program order."""
+        rewriter = Rewriter(program, self.name, context.sites)
+        done, refused = self._heads(rewriter, context) if self.heads else ((), ())
         sites, refusals = find_sites(
             program,
             self.where,
             spatial=self.convolution == "spatial",
             embeddings=self.embeddings,
         )
+        sites = [site for site in sites if site.name not in done]
         work = Work(self, program, context, sites)
         ranks = work.ranks()
         for remark in ranks.remarks:
@@ -124,6 +134,21 @@ class Factorize(Pass):
             if (why := ranks.dense.get(site.name)) is not None:
                 at = site.reader
                 refusals.append(Refusal(RULE, at.name, f"stays dense: {why}", source_line(at)))
-        rewriter = Rewriter(program, self.name, context.sites)
         work.rewrite(rewriter, [s for s in sites if ranks.rank[s.name] is not None], ranks)
-        return PassResult(rewriter.finish(), tuple(rewriter.changes), tuple(refusals))
+        return PassResult(rewriter.finish(), tuple(rewriter.changes), (*refused, *refusals))
+
+    def _heads(
+        self, rewriter: Rewriter, context: PassContext
+    ) -> tuple[Sequence[str], Sequence[Refusal]]:
+        """Take dimensions out of attention heads; the program is whole again."""
+        found = factor_heads(
+            rewriter,
+            context,
+            keep=self.keep,
+            multiple=self.rank_multiple,
+            calibrated=self.method == "whitened",
+            padding_mask=self.padding_mask,
+            where=self.where,
+        )
+        rewriter.finish()
+        return found

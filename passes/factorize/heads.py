@@ -12,20 +12,20 @@ Failures:     rotary positions or norms between a projection and the attention, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from planish.ir.errors import source_line
-from planish.ir.ops import argument, aten, is_op, op_name
+from planish.ir.ops import argument, is_op
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import PassContext
 from planish.passes.factorize.factors import Moments
+from planish.passes.factorize.head_sites import HeadProduct, RefusedError, scores_of, values_of
 from planish.passes.factorize.products import (
     Projections,
     Seen,
@@ -43,33 +43,6 @@ from planish.passes.quantize.where import ATTENTION, Where
 from planish.passes.rounding.lockstep import Lockstep
 
 RULE = "factor-heads"
-_LAYOUT = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int,
-    aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.clone.default,
-    aten.unsqueeze.default, aten.expand.default,
-)  # fmt: skip
-_SPLITS = (
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor,
-    aten.select.int, aten.unbind.int,
-)  # fmt: skip
-
-
-class _RefusedError(Exception):
-    """Why a product is left as it is."""
-
-
-@dataclass(frozen=True)
-class _Product:
-    """Two linears that share the dimensions of heads: query and key, or value and output."""
-
-    attention: Node
-    first: Node
-    second: Node
-    group: Group
-    scores: bool
-    width: int
-    heads: int  # of the query
-    shared: int  # of key and value
 
 
 def factor_heads(
@@ -101,15 +74,15 @@ def factor_heads(
     """
     program = rewriter.program
     refusals: list[Refusal] = []
-    found: list[_Product] = []
+    found: list[HeadProduct] = []
     groups, _ = find_groups(program)
     for node in program.operators:
         if not is_op(node, ATTENTION) or not where.takes(node):
             continue
-        for find in (_scores, _values):
+        for find in (scores_of, values_of):
             try:
                 found.append(find(program, node, groups))
-            except _RefusedError as why:
+            except RefusedError as why:
                 refusals.append(Refusal(RULE, node.name, str(why), source_line(node)))
     seen = _read(program, found, context, padding_mask) if calibrated else {}
     kept: dict[Group, Tensor] = {}
@@ -130,89 +103,8 @@ def factor_heads(
     return names, refusals
 
 
-# -- where ----------------------------------------------------------------------------------------
-
-
-def _scores(program: Program, node: Node, groups: Sequence[Group]) -> _Product:
-    query, key = (_projection(program, node.args[i], w) for i, w in ((0, "query"), (1, "key")))
-    return _product(node, query, key, groups, scores=True)
-
-
-def _values(program: Program, node: Node, groups: Sequence[Group]) -> _Product:
-    value = _projection(program, node.args[2], "value")
-    output: Any = node
-    while is_op(output, ATTENTION, *_LAYOUT) and len(output.users) == 1:
-        output = next(iter(output.users))
-    if not is_op(output, aten.linear.default):
-        raise _RefusedError(f"its result is not read by one linear alone, but by {output.name}")
-    _owned(program, output, "output")
-    return _product(node, value, output, groups, scores=False)
-
-
-def _projection(program: Program, value: Any, what: str) -> Node:  # noqa: ANN401 - an operand
-    node = value
-    while is_op(node, *_LAYOUT):
-        node = node.args[0]
-    if is_op(node, aten.linear.default):
-        return _owned(program, node, what)
-    if "getitem" in str(node.target) or is_op(node, *_SPLITS):
-        raise _RefusedError(f"the {what} comes from a weight that others are fused with")
-    raise _RefusedError(
-        f"{op_name(node.target)} stands between the {what}'s projection and the attention (rotary "
-        "positions, a norm), so its dimensions may not be turned"
-    )
-
-
-def _owned(program: Program, linear: Node, what: str) -> Node:
-    for name in ("weight", "bias"):
-        operand = argument(linear, name)
-        if operand is not None and (program.constant(operand) is None or len(operand.users) > 1):
-            raise _RefusedError(f"the {what}'s {name} is shared, or no constant")
-    return linear
-
-
-def _product(
-    node: Node, first: Node, second: Node, groups: Sequence[Group], *, scores: bool
-) -> _Product:
-    if argument(node, "dropout_p"):
-        raise _RefusedError("dropout is on")
-    mine = [(o, 0) for o in (argument(first, "weight"), argument(first, "bias")) if o is not None]
-    mine += [(argument(second, "weight"), 0 if scores else 1)]
-    if scores and argument(second, "bias") is not None:
-        mine.append((argument(second, "bias"), 0))
-    for group in groups:
-        if group.kind == "head-dims" and {(p.node, p.axis) for p in group.constants} == set(mine):
-            break
-    else:
-        raise _RefusedError("its dimensions of heads are coupled with more than two projections")
-    width = group.size
-    for place in group.constants:
-        if not torch.equal(place.unit, torch.arange(len(place.unit)) % width):
-            raise _RefusedError("its heads do not lie behind each other")
-    units = {p.node: len(p.unit) // width for p in group.constants}
-    shared = units[argument(second if scores else first, "weight")]
-    heads = units[argument(first if scores else second, "weight")]
-    if shared > 1 and heads > shared:
-        wide = argument(first if scores else second, "weight")
-        _in_order(groups, wide, 0 if scores else 1, width * (heads // shared))
-    return _Product(node, first, second, group, scores, width, heads, shared)
-
-
-def _in_order(groups: Sequence[Group], weight: Node, axis: int, rows: int) -> None:
-    """Heads that share a key must lie behind each other."""
-    for group in groups:
-        for place in group.constants if group.kind == "heads" else ():
-            if place.node is weight and place.axis == axis:
-                if torch.equal(place.unit, torch.arange(len(place.unit)) // rows):
-                    return
-    raise _RefusedError("which query heads share a key is not known")
-
-
-# -- how ------------------------------------------------------------------------------------------
-
-
 def _read(
-    program: Program, found: Sequence[_Product], context: PassContext, padding_mask: str
+    program: Program, found: Sequence[HeadProduct], context: PassContext, padding_mask: str
 ) -> dict[Node, Moments]:
     """What queries, keys and outputs read, in the program as it is."""
     required(context.calibration)
@@ -227,7 +119,9 @@ def _read(
     return seen
 
 
-def _turn(rewriter: Rewriter, product: _Product, rank: int, seen: Mapping[Node, Moments]) -> Group:
+def _turn(
+    rewriter: Rewriter, product: HeadProduct, rank: int, seen: Mapping[Node, Moments]
+) -> Group:
     """Put the turned weights in place, zero behind the rank; returns the group on them."""
     given = _Weights(rewriter, product)
     errors = list((_turn_scores if product.scores else _turn_values)(given, rank, seen))
@@ -243,7 +137,7 @@ def _turn(rewriter: Rewriter, product: _Product, rank: int, seen: Mapping[Node, 
 class _Weights:
     """The weights of a product, read by head and replaced whole."""
 
-    def __init__(self, rewriter: Rewriter, product: _Product):
+    def __init__(self, rewriter: Rewriter, product: HeadProduct):
         self.rewriter, self.product = rewriter, product
         self.moved: dict[Node, Node] = {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import PassContext
 from planish.passes.calibrate import spool
+from planish.passes.factorize.factorize import Factorize
 from planish.passes.factorize.heads import factor_heads
 from planish.passes.factorize.products import (
     Projections,
@@ -324,3 +327,27 @@ class TestPrograms:
         _, _, names, refusals = _factored(Attention(2, 2), False, multiple=8)
         assert not names
         assert all("no multiple of 8 is less" in r.reason for r in refusals)
+
+
+class TestPass:
+    def test_heads_of_the_pass(self) -> None:
+        torch.manual_seed(0)
+        model = _thin(Attention(2, 2), 4).eval()
+        x = (torch.randn(3, 10, 16) * FEATURES,)
+        before = capture(model, x)
+        found = Factorize(method="svd", keep=0.5, rank_multiple=4, heads=True).run(
+            before.clone(), PassContext()
+        )
+        shapes = {name: tuple(t.shape) for name, t in found.program.constants.items()}
+        assert shapes["query.weight"] == (8, 16)  # and not factored once more
+        assert shapes["output.weight"] == (16, 8)
+        assert not found.refusals
+        assert len(found.changes) == 4  # turned and cut, twice
+        torch.testing.assert_close(
+            run(found.program, x)[0], run(before, x)[0], atol=1e-4, rtol=1e-4
+        )
+
+    @pytest.mark.parametrize("options", [{"method": "fisher"}, {"rule": "macs"}])
+    def test_heads_take_a_plain_share(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="heads=true takes"):
+            Factorize(heads=True, **options)

@@ -27,6 +27,7 @@ STATIC = "smooth-quant{min_gain_db=6},quantize{range=minmax},correct-bias"
 DYNAMIC = "quantize{mode=dynamic}"
 _NEURONS = 'where={include=["encoder.layer.[0-5].intermediate"]}'
 _FFN = 'where={include=["encoder.layer.[0-5].intermediate","encoder.layer.[0-5].output"]}'
+_HEADS = "where={include=[aten.scaled_dot_product_attention]}"
 # What each family is asked for: label -> step.
 STEPS = {
     "factorize keep=0.7 FFN": f"factorize{{keep=0.7,{_FFN}}}",
@@ -35,7 +36,7 @@ STEPS = {
     "factorize macs=0.8": "factorize{rule=macs,keep=0.8}",
     "factorize macs=0.6": "factorize{rule=macs,keep=0.6}",
     "factorize latency=0.8": "factorize{rule=latency,keep=0.8}",
-    "factorize-heads keep=0.75": "factorize-heads{keep=0.75}",
+    "factorize heads keep=0.75": f"factorize{{keep=0.75,heads=true,{_HEADS}}}",
     "interpolate keep=0.95 FFN": f"interpolate{{keep=0.95,{_NEURONS}}}",
     "interpolate keep=0.9 FFN": f"interpolate{{keep=0.9,{_NEURONS}}}",
     "interpolate keep=0.8 FFN": f"interpolate{{keep=0.8,{_NEURONS}}}",
