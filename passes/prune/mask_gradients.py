@@ -64,7 +64,9 @@ def _masked(
 ) -> tuple[Program, dict[str, tuple[Group, Tensor]]]:
     """A copy with masks of ones at all reads: name of each mask -> its group and its units."""
     copy = program.clone()
-    now = dict(zip(program.graph.nodes, copy.graph.nodes, strict=True))  # clones keep the order
+    now: dict[Node, Node] = dict(
+        zip(program.graph.nodes, copy.graph.nodes, strict=True)
+    )  # clones keep the order
     rewriter = Rewriter(copy, "mask-gradients")
     read_as: dict[tuple[Node, Node], Node] = {}
     masks: list[tuple[Node, Group, Tensor]] = []
@@ -76,7 +78,7 @@ def _masked(
                 continue
             done.add(key)
             reader, pair = now[read.reader], (read.reader, read.value.node)
-            value = read_as.get(pair, now[read.value.node])
+            value = read_as[pair] if pair in read_as else now[read.value.node]
             mask, read_as[pair] = _mask(rewriter, reader, value, read.value, len(masks))
             masks.append((mask, group, read.value.unit))
     masked = rewriter.finish()

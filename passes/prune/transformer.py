@@ -130,11 +130,11 @@ class PruneTransformer(Pass):
             fixed = total - sum(unit[g] * g.size for g in groups)
             choice = by_macs(layers, share * total - fixed)
         else:
-            layers, whole = _timed(program, groups, worth, context)
-            share, kind, total = self.latency, "seconds", whole
+            layers, total = _timed(program, groups, worth, context)
+            share, kind = self.latency, "seconds"
             full = sum(t(len(x.worth)) for x in layers if (t := x.table) is not None)
-            fixed = max(whole - full, 0.0)
-            choice = by_latency(layers, share * whole - fixed)
+            fixed = max(total - full, 0.0)
+            choice = by_latency(layers, share * total - fixed)
         if not choice.met:
             context.remark(
                 f"{100 * (choice.cost + fixed) / total:.1f} % of the {kind} is the least that can "
@@ -192,10 +192,10 @@ def _fold(group: Group, kept: Tensor, r: Tensor | None) -> Fold:
     return Fold(kept, matrix)
 
 
-def _macs(program: Program, groups: Sequence[Group]) -> tuple[dict[Group, float], int]:
+def _macs(program: Program, groups: Sequence[Group]) -> tuple[dict[Group, float], float]:
     """Multiply-accumulates of a unit of each group, and of the whole program."""
     unit = {g: sum(macs_of(program, n) for n in _operators(g)) / g.size for g in groups}
-    return unit, cost(program).macs
+    return unit, float(cost(program).macs)
 
 
 def _operators(group: Group) -> list[Node]:

@@ -181,6 +181,7 @@ def _set(student: Program, read: Read, size: int, units: Tensor, r: Tensor | Non
     factors[units] = 1.0 if r is None else r
     each = torch.where(read.weight.unit >= 0, factors[read.weight.unit.clamp_min(0)], 1.0)
     weight = student.constants[name]
+    assert isinstance(weight, Tensor)  # it is of two axes
     shape = [1] * weight.dim()
     shape[read.weight.axis] = -1
     student.constants[name] = (weight.double() * each.view(shape)).to(weight.dtype)

@@ -113,22 +113,28 @@ def test_a_budget_that_cannot_be_met_is_said(program: Program) -> None:
     assert cost(after).macs < 0.3 * cost(program).macs
 
 
+def _constant(program: Program, name: str) -> Tensor:
+    value = program.constants[name]
+    assert isinstance(value, Tensor)
+    return value
+
+
 def _masked(program: Program, after: Program) -> Program:
     """The program with the columns of what was cut set to zero, by the rows that were kept."""
     masked = program.clone()
     for block in ("blocks.0", "blocks.1"):
         for made, read in (("v", "out"), ("up", "down")):
-            rows = program.constants[f"{block}.{made}.weight"]
-            left = after.constants[f"{block}.{made}.weight"]
+            rows = _constant(program, f"{block}.{made}.weight")
+            left = _constant(after, f"{block}.{made}.weight")
             stays = (rows.unsqueeze(1) == left.unsqueeze(0)).all(-1).any(1)
-            weight = program.constants[f"{block}.{read}.weight"]
+            weight = _constant(program, f"{block}.{read}.weight")
             masked.constants[f"{block}.{read}.weight"] = weight * stays
     return masked
 
 
 def test_equal_to_the_masked_model(program: Program) -> None:
     after, _ = _run(program, macs=0.6, tune=False)
-    assert after.constants["blocks.0.down.weight"].shape[1] < 24
+    assert _constant(after, "blocks.0.down.weight").shape[1] < 24
     masked = _masked(program, after)
     for x, _ in _data(4, 7):
         assert torch.allclose(after(x), masked(x), atol=1e-5)
@@ -150,7 +156,7 @@ def _twins(program: Program) -> Program:
     made = program.clone()
     for block in ("blocks.0", "blocks.1"):
         for name, axis in (("up.weight", 0), ("up.bias", 0), ("down.weight", 1)):
-            value = made.constants[f"{block}.{name}"]
+            value = _constant(made, f"{block}.{name}")
             even = torch.arange(0, value.shape[axis], 2).repeat_interleave(2)
             made.constants[f"{block}.{name}"] = value.index_select(axis, even).clone()
     return made
@@ -208,3 +214,34 @@ def test_nothing_to_cut() -> None:
     program = capture(net, (torch.randn(4, 6, 16),))
     with pytest.raises(NothingToDoError, match="no heads or neurons"):
         _run(program)
+
+
+class Padded(nn.Module):
+    """A feed-forward unit over tokens, and their mean without padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = x + self.down(F.gelu(self.up(x)))
+        z: Tensor = (y * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+        return z
+
+
+def test_padding_has_no_say() -> None:
+    mask = (torch.arange(6) < torch.tensor([[3], [6], [2], [5]])).float()
+    program = capture(Padded().eval(), (torch.randn(4, 6, 16), mask))
+    (group,) = find_groups(program)[0]
+    kept = {group: torch.arange(0, 24, 2)}
+
+    def found(junk: float, name: str) -> Tensor:
+        inputs = [(x + junk * (1 - mask).unsqueeze(-1), mask) for x, _ in _data(8, 3)]
+        context = PassContext(calibration=spool(inputs, program))
+        r = tuned_scales(program, kept, context, damping=0.01, padding_mask=name)[group]
+        assert r is not None
+        return r
+
+    assert torch.equal(found(0.0, "mask"), found(3.0, "mask"))
+    assert not torch.allclose(found(0.0, ""), found(3.0, ""), atol=1e-2)
