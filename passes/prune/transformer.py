@@ -155,6 +155,7 @@ class PruneTransformer(Pass):
         found = tuning.tuned_scales(
             program, kept, context, damping=self.damping, padding_mask=self.padding_mask
         )
+        context.tell(len(found), len(found))
         for group in kept:
             why = tuning.problem(group)
             if why is None and found[group] is None:

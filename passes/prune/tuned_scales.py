@@ -9,7 +9,7 @@ paper; the public code has one pruned to half the way instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,6 @@ def tuned_scales(
     *,
     damping: float,
     padding_mask: str,
-    tell: Callable[[int], None] = lambda done: None,
 ) -> dict[Group, Tensor | None]:
     """``r [kept]`` of each group; None where the solution is not to be trusted.
 
@@ -73,10 +72,9 @@ def tuned_scales(
         program: with all units; is not changed.
         kept: units that stay, of groups without a ``problem``, in any order. Of groups that have
             one, too, so that their units are missing meanwhile.
-        context: holds the calibration.
+        context: holds the calibration; told of every layer.
         damping: ridge, as a share of the mean of the diagonal.
         padding_mask: input that is 0 for padding, or "".
-        tell: told how many layers are done.
 
     Raises:
         RequirementError: there is no calibration.
@@ -97,7 +95,7 @@ def tuned_scales(
     tuned.sort(key=lambda g: order[g.reads[0].reader])
     result: dict[Group, Tensor | None] = {}
     for done, group in enumerate(tuned):
-        tell(done)
+        context.tell(done, len(tuned))
         pair = _Pair(before, after, twin, _Rows(padding, masks))
         result[group] = pair.tune(program, student, group, kept[group], damping)
     return result
