@@ -82,8 +82,8 @@ def factor_heads(
         for find in (scores_of, values_of):
             try:
                 found.append(find(program, node, groups))
-            except RefusedError as why:
-                refusals.append(Refusal(RULE, node.name, str(why), source_line(node)))
+            except RefusedError as error:
+                refusals.append(Refusal(RULE, node.name, str(error), source_line(node)))
     seen = _read(program, found, context, padding_mask) if calibrated else {}
     kept: dict[Group, Tensor] = {}
     names: list[str] = []
@@ -183,10 +183,12 @@ def _turn_scores(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterat
     keys = key.reshape(p.shared, p.width, -1)
     added = torch.zeros(len(query)).double() if bias is None else bias
     biases = added.reshape(p.shared, each, p.width)
-    sees = [Seen(m.second, m.mean) if m else None for m in map(seen.get, (p.first, p.second))]
+    queried, keyed = (
+        None if m is None else Seen(m.second, m.mean) for m in map(seen.get, (p.first, p.second))
+    )
     new = torch.zeros_like(queries), torch.zeros_like(biases), torch.zeros_like(keys)
     for i in range(p.shared):
-        made, turn = turn_scores(Projections(queries[i], biases[i], keys[i]), rank, *sees)
+        made, turn = turn_scores(Projections(queries[i], biases[i], keys[i]), rank, queried, keyed)
         new[0][i, :, :rank], new[1][i, :, :rank] = made.queries, made.query_bias
         new[2][i, :rank] = made.key
         yield turn.error

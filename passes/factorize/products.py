@@ -77,7 +77,8 @@ def _square(root: Tensor) -> Tensor:
     root = root.double()
     if root.shape[1] <= len(root):
         return root
-    return torch.linalg.qr(root.t(), mode="r").R.t()
+    upper: Tensor = torch.linalg.qr(root.t(), mode="r").R
+    return upper.t()
 
 
 def root_of(moment: Tensor, damping: float = 0.0) -> Tensor:
