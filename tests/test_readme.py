@@ -28,13 +28,15 @@ def test_python_blocks_run_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     space: dict[str, object] = {"__name__": "readme"}
-    first, second, third = blocks("python")
+    first, second, smaller, third = blocks("python")
     exec(compile(first, "README.md", "exec"), space)
     assert tuple(space["logits"].shape) == (5, 10)  # type: ignore[attr-defined]
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
     assert "fold-batch-norm" in capsys.readouterr().out
     exec(compile(second, "README.md", "exec"), space)
     assert "{'head.weight': SparseLayout(n=2, m=4, axis=1" in capsys.readouterr().out
+    exec(compile(smaller, "README.md", "exec"), space)
+    assert "factorize-weight" in capsys.readouterr().out
     exec(compile(third, "README.md", "exec"), space)
     assert capsys.readouterr().out.count("aten.relu") == 1
 
