@@ -165,9 +165,9 @@ def solve(task: Task, method: Method) -> Basis:
         seen = target @ _root(_covariance(task.moments, center=task.center))
     else:
         raise ValueError("whitened needs inputs of the layer")
-    metric = None if task.importance is None else _metric(task.importance)
-    vectors, spectrum = _left(seen if metric is None else metric[0] @ seen)
-    return Basis(target, vectors, spectrum, metric, task=task)
+    aim = None if task.importance is None else _metric(task.importance)
+    vectors, spectrum = _left(seen if aim is None else aim[0] @ seen)
+    return Basis(target, vectors, spectrum, aim, task=task)
 
 
 def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,8 @@ def _root(gram: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(gram)
     top = float(values[-1])
     values = torch.where(values > _FLOOR * top, values, 0.0) if top > 0 else values * 0
-    return vectors * values.sqrt()
+    root: Tensor = vectors * values.sqrt()
+    return root
 
 
 def _fitted(w: Tensor, task: Task) -> Tensor:

@@ -59,7 +59,7 @@ def output_importance(
         if not real:
             raise UsageError("no output of real numbers depends on the layers to be factored")
         for probe in range(_PROBES):
-            total = sum(_probed(o, kept, context.generator) for o, kept in real)
+            total = torch.stack([_probed(o, kept, context.generator) for o, kept in real]).sum()
             gradients = torch.autograd.grad(
                 total, list(leaves.values()), allow_unused=True, retain_graph=probe + 1 < _PROBES
             )

@@ -100,7 +100,7 @@ class _Layer(nn.Module):
         self.weight = nn.Parameter(torch.randn(shape, generator=_generator()).to(value.dtype))
         outputs = torch.zeros(shape[0], dtype=value.dtype)
         self.bias = None if site.bias is None else nn.Parameter(outputs)
-        self._target = aten.linear.default if site.form == "linear" else site.reader.target
+        self._target: Any = aten.linear.default if site.form == "linear" else site.reader.target
         self._table = site.form == "table"
         names = _OPTIONS if site.weight.is_convolution else ()
         self._options = [argument(site.reader, n) for n in names]

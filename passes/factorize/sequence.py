@@ -116,8 +116,10 @@ def moments(
         raise PassError("no calibration input reaches this layer", where=reader)
     if not all(bool(s.isfinite().all()) for s in sums):
         raise PassError("the inputs of this layer are not all finite", where=reader)
-    second, mean, *rest = (s / rows for s in sums)
-    return Moments(second, mean, *rest, rows=rows)
+    second, mean = sums[0] / rows, sums[1] / rows
+    if before is None:
+        return Moments(second, mean, rows=rows)
+    return Moments(second, mean, sums[2] / rows, sums[3] / rows, rows)
 
 
 def few_rows(found: Sequence[tuple[Site, Moments]]) -> str | None:

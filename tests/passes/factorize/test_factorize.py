@@ -102,7 +102,7 @@ def test_better_knowledge_gives_less_error() -> None:
 def test_a_budget_of_all_layers_is_kept() -> None:
     before = capture(_block(), _batches(1)[0])
     for rule in ("parameters", "macs"):
-        after = _run(Factorize(rule=rule, keep=0.6, bias=False, rank_multiple=1, where=FFN))  # type: ignore[arg-type]  # a literal
+        after = _run(Factorize(rule=rule, keep=0.6, bias=False, rank_multiple=1, where=FFN))
         figure = "parameters" if rule == "parameters" else "macs"
         saved = getattr(cost(before), figure) - getattr(cost(after), figure)
         touched = 2 * 24 * 48 * (1 if rule == "parameters" else 80)
@@ -185,7 +185,7 @@ def test_importance_is_that_of_the_jacobian() -> None:
     context = PassContext()
     with spool([(torch.randn(2000, 6),)], program) as context.calibration:
         found = output_importance(program, {first: -1}, context)[first]
-    weight = net[1].weight.detach().double()
+    weight = net.get_parameter("1.weight").detach().double()
     expected = weight.t() @ weight
     torch.testing.assert_close(
         found / found.trace(), expected / expected.trace(), atol=0.02, rtol=0.05
@@ -234,7 +234,7 @@ def test_options_are_checked() -> None:
         {"convolution": "spatial"},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Factorize(**wrong)  # type: ignore[arg-type]  # a table of wrong ones
+            Factorize(**wrong)
 
 
 def test_nothing_to_factor_is_an_error() -> None:

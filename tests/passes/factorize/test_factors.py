@@ -91,6 +91,7 @@ def test_fewer_rows_than_columns_lose_nothing_on_those_rows() -> None:
 def test_all_dead_inputs_give_zeros_and_the_bias() -> None:
     w = _random(3, 4)
     made = solve(Task(w, _moments(torch.ones(5, 4).double())), "whitened").factors(2)
+    assert made.shift is not None
     torch.testing.assert_close(
         made.second @ (made.first @ torch.ones(4).double()) + made.shift, w.sum(1)
     )
@@ -112,6 +113,7 @@ def test_fitting_to_what_is_read_now_beats_ignoring_it() -> None:
 
     def error(moments: Moments) -> float:
         made = solve(Task(w, moments, damping=1e-9), "whitened").factors(4)
+        assert made.shift is not None
         got = now @ (made.second @ made.first).t() + made.shift
         return float((before @ w.t() - got).square().sum())
 

@@ -57,7 +57,8 @@ def test_layers_are_timed_at_the_size_of_the_sample() -> None:
     ranks = {s.name: [1, 2, 3, 4, 5, 6] for s in sites}
     found = latencies(sites, ranks, clock)
     for site in sites:
-        assert found[site.name] == {None: site.macs, **{r: site.macs_at(r) for r in range(1, 7)}}
+        expected: dict[int | None, float] = {r: site.macs_at(r) for r in range(1, 7)}
+        assert found[site.name] == expected | {None: site.macs}
     assert clock.timed == 2 * (1 + 4)  # two shapes, the layer as it is and four ranks
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from planish.ir.capture import capture
 from planish.ir.execute import run
@@ -85,9 +86,10 @@ def test_rows_then_columns_are_exact_at_full_rank(name: str) -> None:
     program = capture(module.eval(), (x,))
     after = _factored(program.clone(), spatial=True)
     verify(after)
-    first, second = (n for n in after.operators)
-    assert first.args[1].meta["val"].shape[3] == 1
-    assert second.args[1].meta["val"].shape[2] == 1
+    first, second = (n.args[1] for n in after.operators)
+    assert isinstance(first, Node)
+    assert isinstance(second, Node)
+    assert (first.meta["val"].shape[3], second.meta["val"].shape[2]) == (1, 1)
     torch.testing.assert_close(run(after, (x,)), run(program, (x,)), rtol=1e-4, atol=1e-5)
 
 
