@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from planish.ir.errors import source_line
+from planish.ir.errors import NothingToDoError, source_line
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
 from planish.ir.rewriter import Rewriter
@@ -119,13 +119,20 @@ class Factorize(Pass):
         """Choose ranks, then factor every weight, in program order."""
         rewriter = Rewriter(program, self.name, context.sites)
         done, refused = self._heads(rewriter, context) if self.heads else ((), ())
-        sites, refusals = find_sites(
-            program,
-            self.where,
-            spatial=self.convolution == "spatial",
-            embeddings=self.embeddings,
-        )
+        try:
+            sites, refusals = find_sites(
+                program,
+                self.where,
+                spatial=self.convolution == "spatial",
+                embeddings=self.embeddings,
+            )
+        except NothingToDoError:
+            if not done:  # of heads neither
+                raise
+            sites, refusals = [], []
         sites = [site for site in sites if site.name not in done]
+        if done and not sites:
+            return PassResult(rewriter.finish(), tuple(rewriter.changes), (*refused, *refusals))
         work = Work(self, program, context, sites)
         ranks = work.ranks()
         for remark in ranks.remarks:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from planish.ir.capture import capture
+from planish.ir.errors import NothingToDoError
 from planish.ir.execute import run
 from planish.ir.pattern import Refusal
 from planish.ir.program import Program
@@ -351,3 +352,14 @@ class TestPass:
     def test_heads_take_a_plain_share(self, options: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="heads=true takes"):
             Factorize(heads=True, **options)
+
+    def test_heads_alone(self) -> None:
+        torch.manual_seed(0)
+        before = capture(_thin(Attention(2, 2), 4).eval(), (torch.randn(3, 10, 16),))
+        where = Where(include=("aten.scaled_dot_product_attention",))
+        found = Factorize(method="svd", rank_multiple=4, heads=True, where=where).run(
+            before.clone(), PassContext()
+        )
+        assert found.program.constants["key.weight"].shape == (8, 16)
+        with pytest.raises(NothingToDoError):
+            Factorize(method="svd", rank_multiple=4, where=where).run(before.clone(), PassContext())
