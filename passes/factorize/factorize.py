@@ -53,7 +53,8 @@ class Factorize(Pass):
             keeps this share of its dimensions; these four weights are then left as they are.
         bias: the bias takes up the mean of the error; a layer without one gets one. Whitened only.
         sequential: each layer is factored by what the ones before it give by then. Whitened only.
-        compensate: and fitted to the output that it had in the program before. Whitened only.
+        compensate: and fitted to the output that it had in the program before, or where that is
+            added to something, to the sum. Whitened only.
         damping: share of the mean of diag G that is added where a layer is fitted anew.
         aim: what an error counts by: the energy of the layer's own output ("layer"), or what it
             makes of the model's outputs to first order ("outputs", see importance). Whitened only.

@@ -31,6 +31,9 @@ class Moments:
         cross: ``E[x0 x^T]`` with what it read in the program before, or None where that is equal.
         mean_before: ``E[x0]``, or None.
         rows: how many.
+        drift: ``E[(s0 - s) x^T]``, [outputs, inputs], where the layer's output is added to s, which
+            was s0 in the program before: what the layer can make up for of that; or None.
+        mean_drift: ``E[s0 - s]``, [outputs], or None.
     """
 
     second: Tensor
@@ -38,6 +41,8 @@ class Moments:
     cross: Tensor | None = None
     mean_before: Tensor | None = None
     rows: int = 0
+    drift: Tensor | None = None
+    mean_drift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ class Basis:
         if not self.task.center or moments is None:
             return None
         before = moments.mean if moments.mean_before is None else moments.mean_before
-        return self.task.rows.double() @ before - product @ moments.mean
+        shift = self.task.rows.double() @ before - product @ moments.mean
+        return shift if moments.mean_drift is None else shift + moments.mean_drift
 
 
 @dataclass(frozen=True)
@@ -214,8 +220,9 @@ def _root(gram: Tensor) -> Tensor:
 def _fitted(w: Tensor, task: Task) -> Tensor:
     """The matrix that comes nearest to the output before, from what is read now.
 
-    ``min_M ||W X0 - M X||^2`` is ``M = W C (G + d)^-1`` with ``C = E[x0 x^T]``, written as a
-    correction of W so that damping pulls towards W and not towards zero.
+    ``min_M ||W X0 + D - M X||^2``, with D what a sum that the output goes into has lost by now, is
+    ``M = (W C + D X^T) (G + d)^-1`` with ``C = X0 X^T``, written as a correction of W so that
+    damping pulls towards W and not towards zero.
     """
     moments = task.moments
     assert moments is not None
@@ -230,5 +237,10 @@ def _fitted(w: Tensor, task: Task) -> Tensor:
     if mean <= 0:
         return w  # dead inputs
     damped = gram + torch.eye(len(gram), dtype=gram.dtype) * (task.damping * mean)
-    change: Tensor = torch.linalg.solve(damped, (cross - gram).t() @ w.t()).t()
+    missing = w @ (cross - gram)
+    if moments.drift is not None:
+        assert moments.mean_drift is not None
+        mean_part = torch.outer(moments.mean_drift, moments.mean) if task.center else 0
+        missing = missing + moments.drift - mean_part
+    change: Tensor = torch.linalg.solve(damped, missing.t()).t()
     return w + change

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from planish.ir.errors import PassError
+from planish.ir.ops import aten, is_op
 from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.factorize.factors import Moments
 from planish.passes.factorize.sites import Site
 from planish.passes.observe.feeding import required
 from planish.passes.rounding.lockstep import Lockstep, operand_key
+from planish.passes.rounding.targets import CONVOLUTIONS
 
 
 class Reading:
@@ -64,9 +66,23 @@ class Reading:
             self._before.advance(twin)
         now = self._now.inputs_of(reader)
         before = None if twin is None else self._before_inputs(twin)
-        found = moments(now, reader, before)
-        self._last = (key, found)
+        drifts = None if twin is None else self._drifts(reader)
+        found = moments(now, reader, before, drifts)
+        # What a layer adds to is its own, and so are its moments then.
+        self._last = (key, found) if drifts is None else None
         return found
+
+    def _drifts(self, reader: Node) -> Iterator[Tensor] | None:
+        """How far what a linear's output is added to is from what it was; None where it is not."""
+        added = _added_to(reader)
+        if added is None or added.name not in self._twins or self._before is None:
+            return None
+        pairs = zip(
+            self._before.tokens_of(self._twins[added.name]),
+            self._now.tokens_of(added),
+            strict=True,
+        )
+        return (old[0].float() - new[0].float() for old, new in pairs)
 
     def _before_inputs(self, twin: Node) -> Iterator[Tensor]:
         assert self._before is not None
@@ -88,8 +104,32 @@ class Reading:
         return counts
 
 
+def _added_to(reader: Node) -> Node | None:
+    """What a linear's output is added to and nothing else, if that is computed before it."""
+    users = list(reader.users)
+    if len(users) != 1 or not is_op(users[0], aten.add.Tensor) or users[0].kwargs:
+        return None
+    if is_op(reader, *CONVOLUTIONS, aten.embedding.default):
+        return None
+    others = [a for a in users[0].args if a is not reader]
+    if len(others) != 1 or not isinstance(others[0], Node) or others[0].op != "call_function":
+        return None
+    other = others[0]
+    if other.meta["val"].shape != reader.meta["val"].shape:
+        return None
+    node = reader.prev
+    while node.op != "root":  # computed by the time that the layer is reached
+        if node is other:
+            return other
+        node = node.prev
+    return None
+
+
 def moments(
-    pieces: Iterator[Tensor], reader: Node, before: Iterator[Tensor] | None = None
+    pieces: Iterator[Tensor],
+    reader: Node,
+    before: Iterator[Tensor] | None = None,
+    drifts: Iterator[Tensor] | None = None,
 ) -> Moments:
     """Second moments and means of what a layer reads.
 
@@ -97,6 +137,7 @@ def moments(
         pieces: ``[1, tokens, inputs]`` each.
         reader: named in errors.
         before: the same tokens in the program before, or None.
+        drifts: what a sum that the layer goes into has lost at these tokens, or None.
 
     Raises:
         PassError: there is no token, or a value is not finite.
@@ -109,6 +150,9 @@ def moments(
         if before is not None:
             old = next(before)[0].float()
             parts += [old.t() @ x, old.sum(0)]
+        if drifts is not None:
+            drift = next(drifts)
+            parts += [drift.t() @ x, drift.sum(0)]
         added = [p.double() for p in parts]
         sums = added if not sums else [a + b for a, b in zip(sums, added, strict=True)]
         rows += len(x)
@@ -119,7 +163,8 @@ def moments(
     second, mean = sums[0] / rows, sums[1] / rows
     if before is None:
         return Moments(second, mean, rows=rows)
-    return Moments(second, mean, sums[2] / rows, sums[3] / rows, rows)
+    cross, mean_before, *drift = (s / rows for s in sums[2:])
+    return Moments(second, mean, cross, mean_before, rows, *drift)
 
 
 def few_rows(found: Sequence[tuple[Site, Moments]]) -> str | None:

@@ -111,12 +111,18 @@ class Lockstep:
         pooled state of a sentence, has none that are padding.
         """
         source = _operand(reader)
+        if not is_op(reader, *CONVOLUTIONS):
+            yield from self.tokens_of(source)
+            return
+        for values in self._values:
+            yield _windows(reader, values[source] if source in values else self._shared[source])
+
+    def tokens_of(self, source: Node) -> Iterator[Tensor]:
+        """A value without padding, batch by batch, as ``[1, tokens, features]``."""
         layout = self._padding.layout(source)
         for values, (samples, mask) in zip(self._values, self._masks, strict=True):
             x = values[source] if source in values else self._shared[source]
-            if is_op(reader, *CONVOLUTIONS):
-                yield _windows(reader, x)
-            elif mask is None or layout.problem == NO_TOKENS:
+            if mask is None or layout.problem == NO_TOKENS:
                 yield x.reshape(1, -1, x.shape[-1])
             else:
                 if layout.problem is not None:

@@ -150,3 +150,16 @@ def test_bad_input_is_named() -> None:
         solve(Task(torch.ones(2, 2)), "fisher")
     with pytest.raises(ValueError, match="rank is 3"):
         solve(Task(torch.ones(2, 2)), "svd").factors(3)
+
+
+def test_a_layer_makes_up_for_what_its_sum_has_lost() -> None:
+    w, x, lost = _random(5, 7), _random(60, 7) + 1, _random(5, 7) + 0.5
+    drift = x @ lost.t() + 2
+    n = len(x)
+    moments = Moments(
+        x.t() @ x / n, x.mean(0), x.t() @ x / n, x.mean(0), n, drift.t() @ x / n, drift.mean(0)
+    )
+    made = solve(Task(w, moments, damping=1e-12), "whitened").factors(5)
+    assert made.shift is not None
+    got = x @ (made.second @ made.first).t() + made.shift
+    torch.testing.assert_close(got, x @ w.t() + drift, rtol=1e-6, atol=1e-6)
