@@ -163,8 +163,8 @@ def moments(
     second, mean = sums[0] / rows, sums[1] / rows
     if before is None:
         return Moments(second, mean, rows=rows)
-    cross, mean_before, *drift = (s / rows for s in sums[2:])
-    return Moments(second, mean, cross, mean_before, rows, *drift)
+    cross, mean_before, *lost = (s / rows for s in sums[2:])
+    return Moments(second, mean, cross, mean_before, rows, *lost)
 
 
 def few_rows(found: Sequence[tuple[Site, Moments]]) -> str | None:

@@ -134,6 +134,7 @@ class _Cutter:
     def _slice(self, name: str) -> None:
         nodes = self.nodes[name]
         value = self.values[name]
+        assert isinstance(value, Tensor)
         for axis in range(value.dim()):
             gone = self.removed.get((nodes[0], axis))
             if gone is not None:

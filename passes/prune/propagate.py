@@ -44,8 +44,8 @@ def grow(
     for node, axis, unit in seeds:
         index = (unit >= 0).nonzero()[0]
         labels.assign(node, axis, index, unit[index])
-    while (node := labels.next()) is not None:
-        _look(node, shared, labels)
+    while (found := labels.next()) is not None:
+        _look(found, shared, labels)
     return labels
 
 

@@ -84,9 +84,10 @@ def reshape(node: Node, labels: Labels) -> None:
 def _block(
     node: Node, operand: Node, number: int, axes: tuple[range, range], labels: Labels
 ) -> None:
-    shapes = shape_of(operand), shape_of(node)
-    assert shapes[0] is not None
-    assert shapes[1] is not None
+    before, after = shape_of(operand), shape_of(node)
+    assert before is not None
+    assert after is not None
+    shapes = before, after
     values = (operand, node)
     held = [[i for i in axes[s] if (values[s], i) in labels.of] for s in (0, 1)]
     if not any(held):

@@ -70,7 +70,8 @@ def is_depthwise(node: Node) -> bool:
     """Whether a convolution has a group for every channel it reads."""
     shape = shape_of(node.args[0])  # type: ignore[arg-type]
     assert shape is not None
-    return argument(node, "groups") == shape[channel_axis(node)] != 1
+    groups = int(argument(node, "groups"))
+    return groups != 1 and groups == shape[channel_axis(node)]
 
 
 @rule(aten.linear.default)
@@ -203,7 +204,7 @@ def _attention(node: Node, labels: Labels) -> None:
         for value, size in ((node, shape_of(node)[axis]), (k, sizes[1]), (v, sizes[2])):  # type: ignore[index]
             if size == sizes[0]:
                 labels.same((q, axis), (value, axis))
-            elif grouped and sizes[0] % size == 0:
+            elif grouped and int(sizes[0]) % int(size) == 0:
                 labels.tie((q, axis), of_q, (value, axis), of_q // (sizes[0] // size))
             else:
                 labels.pin(q, axis, node, "it is broadcast along its units")

@@ -35,6 +35,12 @@ UNARY = (
     aten.type_as.default,
     aten.relu6.default,
     aten.hardtanh.default,
+    aten.hardswish.default,
+    aten.hardsigmoid.default,
+    aten.softplus.default,
+    aten.mish.default,
+    aten.celu.default,
+    aten.selu.default,
     aten.bernoulli.p,
 )
 
