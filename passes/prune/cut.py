@@ -20,6 +20,7 @@ from planish.passes.prune.literals import Removed, literals, old_sizes
 from planish.passes.prune.propagate import grow
 
 RULE = "cut-units"
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 _RETARGETED = (
     aten.split.Tensor,
     aten.chunk.default,
@@ -150,6 +151,12 @@ class _Cutter:
     def _resize(self, node: Node) -> None:
         """Literal sizes of a call, as they are now."""
         found = literals(node, self.removed)
+        if is_op(node, *_VIEWS):
+            # What a kernel gives for fewer units may lie in memory in another order.
+            if is_op(self.now[node.name], *_VIEWS):
+                self.now[node.name] = self._copied(self.now[node.name])
+            if "size" in found:
+                found = {"shape": found["size"]}
         if not found:
             return
         changed = {k: map_arg(v, lambda n: self.now[n.name]) for k, v in found.items()}
@@ -165,6 +172,13 @@ class _Cutter:
             else:
                 kwargs[declared.name] = changed[declared.name]
         self.rewriter.set_args(current, args, kwargs)
+
+    def _copied(self, node: Node) -> Node:
+        """A view, as a reshape that copies where it has to."""
+        self.rewriter.insert_before(node)
+        new = self.rewriter.call(aten.reshape.default, node.args, like=node)
+        self.rewriter.replace(node, new)
+        return new
 
     def _retarget(self, node: Node) -> Node:
         """A split into equal parts, as one into parts of any sizes."""
