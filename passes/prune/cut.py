@@ -21,6 +21,7 @@ from planish.passes.prune.propagate import grow
 
 RULE = "cut-units"
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
+_MOVES = (aten.transpose.int, aten.permute.default, aten.alias.default, aten.dropout.default)
 _RETARGETED = (
     aten.split.Tensor,
     aten.chunk.default,
@@ -131,6 +132,20 @@ class _Cutter:
         for node in dict.fromkeys(n for value in affected for n in (value, *value.users)):
             if node.op == "call_function":
                 self._resize(node)
+                self._loosen(node)
+
+    def _loosen(self, node: Node) -> None:
+        """Views of an attention's result become reshapes.
+
+        With fewer numbers to a head another kernel may compute it, and lay it out otherwise.
+        """
+        pending = [node] if is_op(node, aten.scaled_dot_product_attention.default) else []
+        while pending:
+            for user in pending.pop().users:
+                if is_op(user, *_VIEWS) and is_op(self.now[user.name], *_VIEWS):
+                    self.now[user.name] = self._copied(self.now[user.name])
+                elif is_op(user, *_MOVES):
+                    pending.append(user)
 
     def _slice(self, name: str) -> None:
         nodes = self.nodes[name]
