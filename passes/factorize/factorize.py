@@ -79,7 +79,7 @@ class Factorize(Pass):
     rule: Rule = "keep"
     energy: float = 0.95
     error: float = 0.1
-    least: float = 0.75
+    least: float = 0.5
     rank_multiple: int = 8
     convolution: Literal["pair", "spatial"] = "pair"
     embeddings: bool = False

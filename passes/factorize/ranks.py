@@ -2,8 +2,8 @@
 
 Every rule but ``keep`` looks at what a rank costs and at the error it leaves. Under a budget all
 layers are weighed together: for a price ``p`` of a unit of cost each layer takes the rank, or stays
-dense, as ``error^2 + p cost`` is least, and ``p`` is found by bisection. A layer's error counts
-relative to the energy of its own output, times a weight of the layer.
+dense, as ``error^2 + p cost`` is least, and ``p`` is found by bisection. Errors are in
+one unit for all layers: what they make of the model's outputs, or relative to each layer's own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Choice:
     Attributes:
         rank: of the factors.
         cost: of the layer then, in units of the rule.
-        error: relative, squared, times the weight of the layer.
+        error: energy, in a unit that all layers share.
     """
 
     rank: int | None

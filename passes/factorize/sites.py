@@ -178,10 +178,10 @@ def _problem(site: Site) -> str | None:
         return "its channels come in groups, which share no factor"
     if site.form == "spatial" and isinstance(argument(site.reader, "padding"), str):
         return "its padding is a word: only numbers can be split between the two"
+    if site.break_even <= 1:
+        return f"factors of rank 1 hold no fewer numbers than its {site.parameters}"
     if is_op(site.reader, aten.addmm.default):
         return _addend_problem(site)
-    if site.largest < 2:
-        return "it has one output or one input"
     return None
 
 

@@ -80,7 +80,7 @@ class Work:
         return {
             s.name: [
                 Choice(None, costs[s.name][None], 0.0),
-                *(Choice(r, costs[s.name][r], bases[s.name].error(r) ** 2) for r in tried[s.name]),
+                *(Choice(r, costs[s.name][r], self._lost(bases[s.name], r)) for r in tried[s.name]),
             ]
             for s in self.sites
         }

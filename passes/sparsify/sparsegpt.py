@@ -13,7 +13,8 @@ Numbers:      float32 weights and float64 factor of H, as in GPTQ; a zero is wri
 Failures:     a weight is judged before the columns right of it are, hence OBC finds better masks.
               Of N:M the paper takes the M - N lowest w_i^2 / U_ii^2 and leaves those columns of the
               group that have passed as they are: ``together=False``. The set score and the set
-              update let all of the group adapt.
+              update let all of the group adapt. Where H is nearly singular the mask may be worse
+              than magnitude's, in float64 as well; the pass compares the two, see methods.
 Source:       Frantar, Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
               One-Shot", ICML 2023, sections 3.2 to 3.5 (the last: rounding in the same sweep).
 """

@@ -82,7 +82,7 @@ def _choices(seed: int) -> dict[str, list[Choice]]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("keep", [0.4, 0.5, 0.8])
 def test_a_budget_is_kept_and_nearly_best(seed: int, keep: float) -> None:
     options = _choices(seed)
     layers = [Toy(n, 10, 10) for n in options]
@@ -96,7 +96,7 @@ def test_a_budget_is_kept_and_nearly_best(seed: int, keep: float) -> None:
         if sum(c.cost for c in combination) <= budget
     )
     # Convex choices on a grid: the price finds the best up to the last step, which is filled.
-    assert sum(c.error for c in taken) <= best + 0.12
+    assert sum(c.error for c in taken) <= best + 0.02
 
 
 def test_a_layer_that_matters_more_keeps_more() -> None:

@@ -107,7 +107,7 @@ def test_dynamic_sizes_stay_dynamic() -> None:
     ("module", "args", "reason"),
     [
         (nn.Conv2d(4, 8, 3, groups=2), (torch.randn(1, 4, 6, 6),), "come in groups"),
-        (nn.Linear(4, 1), (torch.randn(2, 4),), "one output or one input"),
+        (nn.Linear(4, 1), (torch.randn(2, 4),), "hold no fewer numbers than its 4"),
     ],
 )
 def test_what_cannot_be_factored_says_why(

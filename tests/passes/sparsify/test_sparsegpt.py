@@ -7,6 +7,7 @@ from planish.ir.quantscheme import QuantScheme
 from planish.ir.verify_schemes import layout_problem
 from planish.passes.rounding.columns import inverse_factor, sweep
 from planish.passes.rounding.round_weights import round_to_nearest
+from planish.passes.sparsify.methods import LAYER_METHODS, Task
 from planish.passes.sparsify.patterns import Pattern
 from planish.passes.sparsify.sparsegpt import prune_and_round, sparsegpt
 from tests.passes.sparsify.problems import SEEDS, damped, layer, loss
@@ -109,6 +110,45 @@ def test_sets_are_better_than_singles_on_the_whole(seed: int) -> None:
             done, _, _ = sparsegpt(rows, h, Pattern.parse("2:4"), 0, together=together)
             losses[together] += loss(done - rows, h)
     assert losses[True] < losses[False]
+
+
+# Where H is nearly singular ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refit", [0, 30])
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("samples", [32, 48])
+def test_without_damping_the_error_is_no_more_than_that_of_magnitude(
+    samples: int, text: str, refit: int
+) -> None:
+    rows, h = layer(32, 64, samples)
+    pattern = Pattern.parse(text)
+    zeros = pattern.zeros(rows.numel(), 0.5)
+    task = Task(rows, h, pattern, zeros, damping=0.0, refit=refit)
+    found, plain = (LAYER_METHODS[s](task) for s in ("sparsegpt", "magnitude"))
+    assert found.loss(task) <= plain.loss(task)
+    assert "damping raised from 0 to 1e-06: H is singular" in found.note
+    assert int((~found.kept).sum()) == zeros
+    assert layout_problem(found.rows, pattern.layout(found.kept, 1)) is None
+    assert torch.equal(found.kept, plain.kept) == ("magnitude's mask" in found.note)
+
+
+def test_a_mask_worse_than_that_of_magnitude_is_named_and_not_taken() -> None:
+    rows, h = layer(32, 64, 48)
+    pattern = Pattern.parse("unstructured")
+    task = Task(rows, h, pattern, 1024, damping=0.0)
+    plain = LAYER_METHODS["magnitude"](task)
+    swept, kept, _ = sparsegpt(rows, h, pattern, 1024, damping=0.0)
+    assert loss(swept - rows, h) > 1.5 * plain.loss(task)
+    found = LAYER_METHODS["sparsegpt"](task)
+    assert found.note.endswith(
+        f"magnitude's mask: that of the sweep left an error of {loss(swept - rows, h):.4g}, "
+        f"magnitude {plain.loss(task):.4g}"
+    )
+    assert torch.equal(found.kept, plain.kept)
+    assert not torch.equal(found.kept, kept)
+    # With the default damping there is nothing to fall back from.
+    assert not LAYER_METHODS["sparsegpt"](Task(rows, h, Pattern.parse("2:4"), 0)).note
 
 
 # Rounding in the same sweep ----------------------------------------------------------------------
