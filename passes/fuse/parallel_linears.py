@@ -117,7 +117,7 @@ class WidenLinear(Rule):
             return self.refuse(node, self._why(readers, fitting, program))
         weights = [_weight(linear, program) for linear in fitting]
         fitting = sorted(fitting)  # the order in which they are stacked
-        layouts = [program.layouts.get(str(linear.args[1].target)) for linear in fitting]  # type: ignore[union-attr]
+        layouts = [program.layouts.get(str(linear.args[1].target)) for linear in fitting]  # type: ignore[union-attr]  # a get_attr
         shapes = [tuple(_weight(linear, program).shape) for linear in fitting]
         joint, problem = stacked_layout(layouts, shapes)
         if problem is not None:

@@ -30,7 +30,7 @@ from planish.passes.prune.labels import (
     Axis,
     Indices,
     Labels,
-    shape_of,
+    sizes_of,
 )
 from planish.passes.prune.propagate import grow
 from planish.passes.prune.rules_contract import (
@@ -73,7 +73,7 @@ def find_groups(program: Program, where: Where = EVERYWHERE) -> tuple[list[Group
     covered: dict[Axis, NDArray[np.bool_]] = {}
     place = {node: i for i, node in enumerate(program.graph.nodes)}
     for node, axis in _seeds(program):
-        size = shape_of(node)[axis]  # type: ignore[index]
+        size = sizes_of(node)[axis]
         seen = covered.get((node, axis))
         if not isinstance(size, int) or size < 2 or (seen is not None and seen.all()):
             continue

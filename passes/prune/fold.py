@@ -115,7 +115,7 @@ def _no_bias(program: Program, reader: Node) -> str | None:
 
 
 def _numbers(value: object) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+    return [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]  # operands of a call are what its schema says
 
 
 def fold(rewriter: Rewriter, folds: Mapping[Group, Fold]) -> dict[Group, Tensor]:

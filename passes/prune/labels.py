@@ -52,6 +52,13 @@ def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+def sizes_of(node: Node) -> tuple[int | torch.SymInt, ...]:
+    """The shape of what is known to be a tensor."""
+    shape = shape_of(node)
+    assert shape is not None, node
+    return shape
+
+
 class Labels:
     """Units of the axes of values, and which units have turned out to be one.
 

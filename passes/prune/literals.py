@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.fx import Node
 
 from planish.ir.ops import argument, aten, is_op
-from planish.passes.prune.labels import Axis, shape_of
+from planish.passes.prune.labels import Axis, sizes_of
 from planish.passes.prune.rules_contract import CONVOLUTIONS, channel_axis, is_depthwise
 from planish.passes.prune.rules_pointwise import rank, tensors
 from planish.passes.prune.rules_shape import SPLITS, slice_bounds
@@ -48,7 +48,7 @@ def literals(node: Node, removed: Removed) -> dict[str, Any]:
     if is_op(node, aten.group_norm.default):
         value, groups = node.args[0], argument(node, "num_groups")
         assert isinstance(value, Node)
-        channels = shape_of(value)[1]  # type: ignore[index]
+        channels = sizes_of(value)[1]
         return _if_gone("num_groups", removed.get((value, 1)), int(channels) // groups)
     if is_op(node, aten.scaled_dot_product_attention.default):
         return _scale(node, removed)

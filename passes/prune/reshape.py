@@ -134,7 +134,7 @@ def _not_expanded(value: Node, axes: list[int]) -> list[int]:
     """The axes along which a value is no mere copy: units are what is copied."""
     if not is_op(value, aten.expand.default):
         return axes
-    before, count = shape_of(value.args[0]), len(shape_of(value) or ())  # type: ignore[arg-type]
+    before, count = shape_of(value.args[0]), len(shape_of(value) or ())  # type: ignore[arg-type]  # operands of a call are what its schema says
     assert before is not None
     own = [i for i in axes if i >= count - len(before) and before[i - count + len(before)] != 1]
     return own or axes

@@ -8,7 +8,7 @@ import numpy as np
 from torch.fx import Node
 
 from planish.ir.ops import argument, aten, is_op
-from planish.passes.prune.labels import Labels, shape_of
+from planish.passes.prune.labels import Labels, shape_of, sizes_of
 from planish.passes.prune.rules_pointwise import pin_others, pointwise, rank, rule
 
 CONVOLUTIONS = (
@@ -43,32 +43,32 @@ def contraction(node: Node) -> Contraction | None:
         value, weight = node.args[:2]
     elif is_op(node, *PRODUCTS, aten.addmm.default):
         value, weight = node.args[-2:]
-        if rank(weight) >= 2 and rank(value) >= 1:  # type: ignore[arg-type]
-            axis = rank(weight) - 2  # type: ignore[arg-type]
-            return Contraction(value, rank(value) - 1, weight, axis)  # type: ignore[arg-type]
+        if rank(weight) >= 2 and rank(value) >= 1:  # type: ignore[arg-type]  # operands of a call are what its schema says
+            axis = rank(weight) - 2  # type: ignore[arg-type]  # operands of a call are what its schema says
+            return Contraction(value, rank(value) - 1, weight, axis)  # type: ignore[arg-type]  # operands of a call are what its schema says
         return None
     elif is_op(node, *CONVOLUTIONS, *TRANSPOSED):
         value, weight = node.args[:2]
         if is_depthwise(node):
             return None
         axis = 0 if is_op(node, *TRANSPOSED) else 1
-        return Contraction(value, channel_axis(node), weight, axis)  # type: ignore[arg-type]
+        return Contraction(value, channel_axis(node), weight, axis)  # type: ignore[arg-type]  # operands of a call are what its schema says
     elif is_op(node, aten.scaled_dot_product_attention.default):
         value, weight = node.args[:2]
     else:
         return None
-    last = rank(value) - 1, rank(weight) - 1  # type: ignore[arg-type]
-    return Contraction(value, last[0], weight, last[1])  # type: ignore[arg-type]
+    last = rank(value) - 1, rank(weight) - 1  # type: ignore[arg-type]  # operands of a call are what its schema says
+    return Contraction(value, last[0], weight, last[1])  # type: ignore[arg-type]  # operands of a call are what its schema says
 
 
 def channel_axis(node: Node) -> int:
     """The axis of channels in what a convolution reads."""
-    return rank(node.args[0]) - rank(node.args[1]) + 1  # type: ignore[arg-type]
+    return rank(node.args[0]) - rank(node.args[1]) + 1  # type: ignore[arg-type]  # operands of a call are what its schema says
 
 
 def is_depthwise(node: Node) -> bool:
     """Whether a convolution has a group for every channel it reads."""
-    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    shape = shape_of(node.args[0])  # type: ignore[arg-type]  # operands of a call are what its schema says
     assert shape is not None
     groups = int(argument(node, "groups"))
     return groups != 1 and groups == shape[channel_axis(node)]
@@ -196,12 +196,12 @@ def _attention(node: Node, labels: Labels) -> None:
     for value in (k, v):
         labels.pin(value, count - 2, node, "a softmax runs over it")
     for axis in range(count - 2):
-        sizes = [shape_of(x)[axis] for x in (q, k, v)]  # type: ignore[index]
+        sizes = [sizes_of(x)[axis] for x in (q, k, v)]
         if not all(isinstance(s, int) for s in sizes):
             continue  # no units lie along a dynamic size
         grouped = axis == count - 3 and bool(argument(node, "enable_gqa"))
         of_q = np.arange(int(sizes[0]), dtype=np.int64)
-        for value, size in ((node, shape_of(node)[axis]), (k, sizes[1]), (v, sizes[2])):  # type: ignore[index]
+        for value, size in ((node, sizes_of(node)[axis]), (k, sizes[1]), (v, sizes[2])):
             if size == sizes[0]:
                 labels.same((q, axis), (value, axis))
             elif grouped and int(sizes[0]) % int(size) == 0:

@@ -117,7 +117,7 @@ def is_pointwise(target: object) -> bool:
     return isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
 
 
-def axes_of(node: Node, given: Any, count: int) -> list[int]:  # noqa: ANN401
+def axes_of(node: Node, given: Any, count: int) -> list[int]:  # noqa: ANN401 - a number, a list or None
     """Axes named in an argument, counted from 0; all for None or an empty list."""
     if given is None or given == []:
         return list(range(count))

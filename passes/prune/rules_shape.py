@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from planish.ir.ops import argument, aten, is_op, op_name
-from planish.passes.prune.labels import Labels, shape_of
+from planish.passes.prune.labels import Labels, shape_of, sizes_of
 from planish.passes.prune.rules_pointwise import (
     RULES,
     carry,
@@ -94,7 +94,7 @@ def _interleave(node: Node, labels: Labels) -> None:
     for axis in range(rank(operand)):
         if axis != dim:
             labels.same((operand, axis), (node, axis))
-    many = shape_of(node)[dim]  # type: ignore[index]
+    many = sizes_of(node)[dim]
     if not isinstance(many, int):
         unknown(node, labels)
         return
@@ -110,7 +110,7 @@ def _cat(node: Node, labels: Labels) -> None:
         for axis in range(rank(operand)):
             if axis != dim:
                 labels.same((operand, axis), (node, axis))
-        size = shape_of(operand)[dim]  # type: ignore[index]
+        size = sizes_of(operand)[dim]
         if not isinstance(size, int):
             labels.pin(node, dim, node, "it is joined along an axis of dynamic size")
             labels.pin(operand, dim, node, "it is joined along an axis of dynamic size")
@@ -156,7 +156,7 @@ def _slice(node: Node, labels: Labels) -> None:
 def slice_bounds(node: Node) -> tuple[int, int] | None:
     """First index and the one behind the last; None where not fixed, or there is a step."""
     operand = tensors(node)[0]
-    size = shape_of(operand)[argument(node, "dim") % rank(operand)]  # type: ignore[index]
+    size = sizes_of(operand)[argument(node, "dim") % rank(operand)]
     given = argument(node, "start"), argument(node, "end")
     fixed = all(g is None or isinstance(g, int) for g in given)
     if not isinstance(size, int) or not fixed or argument(node, "step") != 1:
@@ -219,7 +219,7 @@ def _pixels(node: Node, labels: Labels) -> None:
         pin_others(node, value, range(channel + 1), reason, labels)
     for axis in range(channel):
         labels.same((operand, axis), (node, axis))
-    size, units = shape_of(many)[channel], shape_of(few)[channel]  # type: ignore[index]
+    size, units = sizes_of(many)[channel], sizes_of(few)[channel]
     index = np.arange(int(size), dtype=np.int64)
     labels.tie((many, channel), index, (few, channel), index // (int(size) // int(units)))
 

@@ -39,8 +39,10 @@ def _program(module: nn.Module, x: Tensor, dynamic: object = None) -> Program:
     torch.manual_seed(1)
     for each in module.modules():
         if isinstance(each, nn.BatchNorm2d):
-            each.running_mean.normal_()  # type: ignore[union-attr]
-            each.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+            assert each.running_mean is not None
+            assert each.running_var is not None
+            each.running_mean.normal_()
+            each.running_var.uniform_(0.5, 1.5)
         if isinstance(each, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             nn.init.normal_(each.bias)
     return capture(module.eval(), (x,), dynamic_shapes=dynamic)

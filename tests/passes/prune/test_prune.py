@@ -57,7 +57,7 @@ def test_every_group_keeps_its_share(score: str) -> None:
 @pytest.mark.parametrize("score", ["taylor", "fisher"])
 def test_scores_of_the_loss_find_units_that_do_nothing(score: str) -> None:
     made = program(silent(Small()), X)
-    options = Prune(score=score, keep=0.75, where=Where(include=("four",)))  # type: ignore[arg-type]
+    options = Prune(score=score, keep=0.75, where=Where(include=("four",)))  # type: ignore[arg-type]  # a literal from a table
     result = run_checked(made, options, labeled())
     assert torch.allclose(run(result.program, (X,))[0], run(made, (X,))[0], atol=1e-5)
     assert tensor(result.program, "five.weight").shape == (5, 12)

@@ -46,7 +46,7 @@ def test_magnitude_of_convolutions_counts_taps_not_readers() -> None:
     module = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 1)).eval()
     program = capture(module, (torch.randn(1, 2, 6, 6),))
     (group,), _ = find_groups(program)
-    weight: torch.Tensor = module[0].weight  # type: ignore[assignment]
+    weight: torch.Tensor = module[0].weight  # type: ignore[assignment]  # of a linear
     found = magnitude(program, group)
     assert found is not None
     assert torch.allclose(found, weight.double().flatten(1).norm(dim=1))

@@ -75,7 +75,7 @@ def zeros(program: Program) -> list[int]:
 @pytest.mark.parametrize("score", LOSS_SCORES)
 @pytest.mark.parametrize("pattern", ["2:4", "2x2", "unstructured"])
 def test_it_fires_and_keeps_all_promises(score: str, pattern: str) -> None:
-    pass_ = Sparsify(score=score, pattern=pattern, ratio=0.75)  # type: ignore[arg-type]
+    pass_ = Sparsify(score=score, pattern=pattern, ratio=0.75)  # type: ignore[arg-type]  # a literal from a table
     result = run_checked(PROGRAM, pass_, context())
     assert len(result.changes) == 2  # the shared weight once
     assert len(result.program.layouts) == 2
@@ -308,7 +308,7 @@ def test_repair_is_worth_more_than_the_diagonal() -> None:
         program = capture(model, (x[:1],))  # gradients of single samples
         data = list(zip(x.split(1), y.split(1), strict=True))
         for score in found:
-            pass_ = Sparsify(score=score, pattern="2:4")  # type: ignore[arg-type]
+            pass_ = Sparsify(score=score, pattern="2:4")  # type: ignore[arg-type]  # a literal from a table
             made = run_checked(program, pass_, PassContext(labeled=data, loss=loss)).program
             outputs = torch.cat([run(made, (row,))[0] for row in x.split(1)])
             found[score] += float(F.cross_entropy(outputs, y)) / 3

@@ -65,7 +65,7 @@ def layer(d_row: int, d_col: int) -> tuple[Tensor, Tensor]:
 
 def measure(name: str, shapes: Sequence[tuple[int, int]], rounds: int) -> list[Row]:
     """Prune layers of these shapes (d_row, d_col) at 2:4."""
-    method = LAYER_METHODS[name]  # type: ignore[index]
+    method = LAYER_METHODS[name]  # type: ignore[index]  # a literal
     rows = []
     for d_row, d_col in shapes:
         given, h = layer(d_row, d_col)
