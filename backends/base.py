@@ -28,8 +28,8 @@ class Target:
         name: as users write it.
         summary: one sentence for ``--help``.
         suffix: of the artifact's file name.
-        opset: default ONNX operator set version.
-        opsets: smallest and largest version it can be asked for.
+        opset: default ONNX operator set version; 0 where the format has none.
+        opsets: smallest and largest version it can be asked for; (0, 0) where it has none.
     """
 
     name: str
@@ -47,6 +47,11 @@ class Target:
         if opset is None:
             return self.opset
         smallest, largest = self.opsets
+        if not largest:
+            raise ExportError(
+                f"target {self.name!r} has no opset: that is a thing of ONNX files",
+                hint="leave opset out, or name the file *.onnx",
+            )
         if not smallest <= opset <= largest:
             raise ExportError(
                 f"target {self.name!r} cannot be written with opset {opset}",
@@ -280,6 +285,10 @@ class Backend(ABC):
     @abstractmethod
     def run(self, path: str | Path, inputs: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
         """Run an artifact on flat inputs."""
+
+    @abstractmethod
+    def opened(self, path: str | Path) -> Callable[[Sequence[Tensor]], object]:
+        """An artifact loaded on one thread, as a function of flat inputs: for timing."""
 
     @abstractmethod
     def read_back(self, path: str | Path) -> RuntimeReport:

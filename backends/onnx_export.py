@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -119,6 +119,12 @@ class OnnxBackend(Backend):
         from planish.backends.ort_run import Session
 
         return Session(Path(path)).run(inputs)
+
+    def opened(self, path: str | Path) -> Callable[[Sequence[Tensor]], object]:
+        """A file in an ONNX Runtime session of one thread."""
+        from planish.backends.ort_run import Session
+
+        return Session(Path(path), threads=1).run
 
     def read_back(self, path: str | Path) -> RuntimeReport:
         """Load a file in ONNX Runtime and read its optimized graph."""

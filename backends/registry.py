@@ -11,6 +11,7 @@ from planish.ir.errors import UsageError
 BACKENDS: dict[str, str] = {
     "onnx": "planish.backends.onnx_export:PortableOnnx",
     "onnxruntime-cpu": "planish.backends.ort_export:OnnxRuntimeCpu",
+    "torchscript": "planish.backends.script_export:TorchScript",
 }
 
 

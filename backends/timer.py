@@ -19,7 +19,7 @@ _WARM_UP = 2
 
 
 class TargetTimer:
-    """Times programs as the files of a target, in ONNX Runtime on one thread.
+    """Times programs as the files of a target, in its runtime on one thread.
 
     Args:
         target: name of the target.
@@ -38,24 +38,22 @@ class TargetTimer:
         Raises:
             PlanishError: a program has no form in this target, or the runtime refuses it.
         """
-        from planish.backends.ort_run import Session
-
         backend = load_backend(self.target)
         options = ExportOptions(verify=False)
         with tempfile.TemporaryDirectory(prefix="planish-") as folder:
             runs = []
             for number, (program, inputs) in enumerate(programs):
-                path = Path(folder) / f"{number}.onnx"
+                path = Path(folder) / f"{number}{backend.target.suffix}"
                 backend.export(program, path, options)
-                runs.append((Session(path, threads=1), inputs))
-            for session, inputs in runs * _WARM_UP:
-                session.run(inputs)
+                runs.append((backend.opened(path), inputs))
+            for run, inputs in runs * _WARM_UP:
+                run(inputs)
             best = [float("inf")] * len(runs)
             end, rounds = time.perf_counter() + _SECONDS, 0
             while rounds < _ROUNDS or (time.perf_counter() < end and rounds < 50 * _ROUNDS):
-                for number, (session, inputs) in enumerate(runs):
+                for number, (run, inputs) in enumerate(runs):
                     start = time.perf_counter()
-                    session.run(inputs)
+                    run(inputs)
                     best[number] = min(best[number], time.perf_counter() - start)
                 rounds += 1
         return best

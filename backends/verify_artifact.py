@@ -35,7 +35,7 @@ from planish.ir.program import Program
 DRIFT_MARGIN_DB = 6.0
 DRIFT_FLOOR_DB = 6.0  # half of the signal
 DRIFT_FINE_DB = 30.0
-_SAMPLE = "sample"
+SAMPLE = "sample"
 
 
 def verify_artifact(
@@ -66,7 +66,7 @@ def verify_artifact(
     """
     bounds = bounds_of(program)
     quantized = is_quantized(program)
-    probes = _probes(program, remark)
+    probes = probes_of(program, remark)
     steps: Stepwise | None = None
     if quantized:
         assert emission is not None
@@ -76,9 +76,9 @@ def verify_artifact(
         for label, inputs, expected in probes:
             outputs = tensors(program, session.run(inputs))
             names = program.signature.output_names
-            known = quantization if label.startswith(_SAMPLE) else None
+            known = quantization if label.startswith(SAMPLE) else None
             problem = (
-                _drift(expected, outputs, known)
+                drift(expected, outputs, known)
                 if quantized
                 else difference(expected, outputs, names=names, bounds=bounds)
             )
@@ -100,7 +100,7 @@ def verify_artifact(
         return comparison, session.report(), kernels
 
 
-def _drift(
+def drift(
     expected: Sequence[Any], outputs: Sequence[Any], quantization: Fidelity | None
 ) -> str | None:
     """Say that roundings moved the outputs by more than quantizing did."""
@@ -126,12 +126,12 @@ def _drift(
     return None
 
 
-def _probes(
+def probes_of(
     program: Program, remark: Callable[[str], None]
 ) -> list[tuple[str, Sequence[Any], Sequence[Any]]]:
     """(label, inputs, what the program answers): the samples, then other sizes."""
     probes: list[tuple[str, Sequence[Any], Sequence[Any]]] = [
-        (f"{_SAMPLE} {i}", sample, run(program, sample)) for i, sample in enumerate(program.samples)
+        (f"{SAMPLE} {i}", sample, run(program, sample)) for i, sample in enumerate(program.samples)
     ]
     second = second_reference(program)
     if not second.resized:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from planish.sparse_cuda import SparseModule
 
 # suffix -> targets that write it, the preferred one first
-_SUFFIXES = {".onnx": ("onnxruntime-cpu", "onnx")}
+_SUFFIXES = {".onnx": ("onnxruntime-cpu", "onnx"), ".pt": ("torchscript",)}
 
 
 class Optimized:

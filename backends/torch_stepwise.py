@@ -1,0 +1,103 @@
+"""Hold a lowered quantized program to its origin one operator at a time.
+
+As ``planish.backends.stepwise`` does for ONNX files: each operator of the program is computed in
+its own meaning from the values that the kernels made of its operands (or, where these were fused
+away, from what they are in turn computed from). Integers may differ by one step, real numbers by
+the bound of their type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from planish.backends.base import Stepwise
+from planish.backends.torch_lowering import Lowered
+from planish.ir.compare import BOUNDS, SMALLEST_SCALE
+from planish.ir.errors import ExportError
+from planish.ir.execute import evaluate
+
+_STEPS = 1
+
+
+def run_lowered(lowered: Lowered, inputs: Sequence[Any]) -> dict[Node, Any]:
+    """All values of the lowered graph on flat inputs."""
+    rest, values = iter(inputs), {}
+    with torch.no_grad():
+        for node in lowered.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(rest)
+            elif node.op == "get_attr":
+                values[node] = lowered.constants[str(node.target)]
+            elif node.op == "call_function":
+                args, kwargs = (map_arg(a, lambda n: values[n]) for a in (node.args, node.kwargs))
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator] # an operator
+    return values
+
+
+def stepwise(lowered: Lowered, probes: Sequence[tuple[str, Sequence[Any]]]) -> Stepwise:
+    """Compare every operator that has a value of its own in the lowered graph.
+
+    Raises:
+        ExportError: one differs by more than a step; names it.
+    """
+    steps, relative, compared = 0, 0.0, 0
+    for label, inputs in probes:
+        values = run_lowered(lowered, inputs)
+        known: dict[Node, Any] = dict(zip(lowered.program.placeholders, inputs, strict=True))
+        for node, made in lowered.origins.items():
+            if isinstance(made, Node) and made in values and node.op == "call_function":
+                known[node] = values[made]
+        compared = 0
+        for node in lowered.program.operators:
+            if node not in known or not isinstance(known[node], Tensor):
+                continue
+            env = {n: _reference(n, known, lowered) for n in node.all_input_nodes}
+            step, rel = _compare(node, evaluate(node, env), known[node], label)
+            steps, relative, compared = max(steps, step), max(relative, rel), compared + 1
+    return Stepwise(
+        probes=tuple(label for label, _ in probes),
+        values=compared,
+        unchecked=(),
+        max_steps=steps,
+        max_relative=relative,
+    )
+
+
+def _reference(node: Node, known: Mapping[Node, Any], lowered: Lowered) -> Any:  # noqa: ANN401
+    """A node's value from those that the kernels made."""
+    if node in known:
+        return known[node]
+    if node.op == "get_attr":
+        return lowered.program.constants[str(node.target)]
+    return evaluate(node, {n: _reference(n, known, lowered) for n in node.all_input_nodes})
+
+
+def _compare(node: Node, expected: Tensor, found: Tensor, label: str) -> tuple[int, float]:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        raise ExportError(
+            f"the kernel makes {found.dtype} {list(found.shape)} of {expected.dtype} "
+            f"{list(expected.shape)}",
+            where=node,
+        )
+    if not expected.numel():
+        return 0, 0.0
+    if not expected.is_floating_point():
+        step = int((expected.long() - found.long()).abs().max())
+        if step > _STEPS:
+            raise ExportError(f"the kernel is {step} steps off ({label})", where=node)
+        return step, 0.0
+    error = (expected - found).abs()
+    finite = torch.nan_to_num(error, nan=0.0 if torch.equal(expected, found) else float("inf"))
+    scale = max(float(expected.abs().max()), SMALLEST_SCALE)
+    relative = float(finite.max()) / scale
+    if relative > BOUNDS.get(expected.dtype, 0.0):
+        raise ExportError(
+            f"the kernel differs by {relative:.1e} of the largest ({label})", where=node
+        )
+    return 0, relative
