@@ -56,7 +56,7 @@ class Types:
         space |= {"Dict": Dict, "List": List, "Optional": Optional, "Tuple": Tuple}  # noqa: UP006
         for name, fields in self.named.items():
             typed = [(f, eval(kind, space)) for f, kind in fields]
-            space[name] = NamedTuple(name, typed)  # type: ignore[misc] # made at run time
+            space[name] = NamedTuple(name, typed)
         return {name: space[name] for name in self.named}
 
 

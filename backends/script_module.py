@@ -66,13 +66,14 @@ def _holder(
     """A script module that holds tensors and has no methods yet."""
 
     def construct(self: torch.jit.ScriptModule) -> None:
-        super(kind, self).__init__()  # type: ignore[misc] # the class made below
+        super(kind, self).__init__()
         for key, tensor in tensors.items():
             self.register_buffer(key, tensor.detach())
         if packed is not None:
             self.packed = packed
 
-    kind: Any = type(torch.jit.ScriptModule)(
+    meta: Any = type(torch.jit.ScriptModule)
+    kind: Any = meta(
         name, (torch.jit.ScriptModule,), {"__init__": construct, "__module__": "planish_file"}
     )
     made: torch.jit.ScriptModule = kind()
@@ -80,7 +81,7 @@ def _holder(
 
 
 def _define(module: torch.jit.ScriptModule, text: str, scope: Mapping[str, Any]) -> None:
-    inner: Any = module._actual_script_module  # type: ignore[attr-defined] # set by its metaclass
+    inner: Any = module._actual_script_module
     try:
         inner._c._define(inner._concrete_type, text, scope.get)
     except RuntimeError as error:

@@ -69,7 +69,7 @@ class ScriptSession:
         with quiet(), torch.inference_mode():
             try:
                 return tuple(pytree.tree_leaves(self.module(*self._arguments(inputs))))
-            except RuntimeError as error:
+            except (RuntimeError, torch.jit.Error) as error:
                 lines = [line for line in str(error).strip().splitlines() if line.strip()]
                 raise ExportError(
                     f"the file fails on these inputs: {lines[-1]}", where=str(self.path)

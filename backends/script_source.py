@@ -185,10 +185,11 @@ def _check_tensor(
         low, high = signature.ranges.get(symbol, (0, None))
         tests += [f"{text} >= {low}"] * (low > 0) + [f"{text} <= {high}"] * (high is not None)
     sizes = ", ".join(str(dim_text(d, signature.symbols)) for d in value.shape)
+    symbols = {str(d.node.expr) for d in (*value.shape,) if not isinstance(d, int)}  # type: ignore[attr-defined,unused-ignore] # SymInt is no int at run time
     ranges = [
         f"{signature.symbols.get(s, s)} from {low} to {high if high is not None else 'any size'}"
         for s, (low, high) in sorted(signature.ranges.items())
-        if s in {str(d.node.expr) for d in value.shape if isinstance(d, SymInt)}
+        if s in symbols
     ]
     wanted = f"{dtype_name(value.dtype)} [{sizes}]" + (f", {', '.join(ranges)}" if ranges else "")
     body.add(f"assert {' and '.join(tests)}, {json.dumps(f'input {name!r} must be {wanted}')}")
@@ -297,7 +298,7 @@ def _peek(names: Names, wanted: str) -> str:
 
 def _way_back(raw: Tensor, packed: Tensor) -> str | None:
     """How to read a weight back from a kernel's layout, bit by bit; None where that is not so."""
-    if packed.layout is not torch._mkldnn:
+    if packed.layout == torch.strided:
         return None
     try:
         dense = packed.to_dense()

@@ -164,7 +164,8 @@ def _dynamic_formula(low: Lowering, node: Node) -> tuple[Node, Node, Node]:
 
 def _getitem(low: Lowering, node: Node) -> Any:  # noqa: ANN401 - whatever the list holds
     whole = low.value(node.args[0])
-    return whole[node.args[1]] if isinstance(whole, tuple) else None
+    index = node.args[1]
+    return whole[index] if isinstance(whole, tuple) and isinstance(index, int) else None
 
 
 def _rotary(low: Lowering, node: Node) -> Node:

@@ -79,12 +79,13 @@ def _taken(low: Lowering, rounded: Node) -> Node:
 
 def quantized_tensor(low: Lowering, plain: Node, grid: Grid) -> Node:
     """uint8 codes as one of torch's quantized tensors."""
-    return low.cached(
+    made: Node = low.cached(
         ("quantized", plain, grid),
         lambda: low.call(
             aten._make_per_tensor_quantized_tensor.default, plain, grid.scale, grid.zero
         ),
     )
+    return made
 
 
 def sizes_of(x: Tensor) -> list[int]:

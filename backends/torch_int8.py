@@ -218,7 +218,9 @@ def _on_codes(low: Lowering, made: Node, grid: Grid) -> Node | None:
 
 def _layer(low: Lowering, node: Node) -> Node | None:
     made = layer(low, node, NO_POST_OP, None)
-    return made if made is not None else _plain(low, node)
+    if made is not None:
+        return made
+    return _plain(low, node)
 
 
 def _activation(low: Lowering, node: Node) -> Node | None:
@@ -233,9 +235,10 @@ def _activation(low: Lowering, node: Node) -> Node | None:
     return _plain(low, node)
 
 
-def _plain(low: Lowering, node: Node) -> Any:  # noqa: ANN401 - as translations return
+def _plain(low: Lowering, node: Node) -> Node | None:
     own = FLOAT.get(node.target)
-    return own(low, node) if own is not None else None
+    made: Node | None = own(low, node) if own is not None else None
+    return made
 
 
 _ACTIVATIONS: dict[Any, Translation] = {

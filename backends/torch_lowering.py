@@ -104,7 +104,8 @@ class Lowering:
             count += 1
             chosen = f"{name}_{count}"
         self.constants[chosen] = tensor
-        return self.cached(("constant", chosen), lambda: self.graph.get_attr(chosen))
+        made: Node = self.cached(("constant", chosen), lambda: self.graph.get_attr(chosen))
+        return made
 
     def pack(self, key: Any, target: Any, source: Node, *rest: Any) -> Node:  # noqa: ANN401
         """Bring a constant into a kernel's layout, once for all that read it so."""
@@ -114,7 +115,8 @@ class Lowering:
             node.meta[PACK] = True
             return node
 
-        return self.cached(("pack", target, source, key), make)
+        made: Node = self.cached(("pack", target, source, key), make)
+        return made
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:  # noqa: ANN401
         """What was made under this key, made on first use."""

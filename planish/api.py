@@ -214,7 +214,9 @@ def _check_call(
     if verify not in ("each", "end", "off"):
         raise UsageError(f"verify is {verify!r}", hint="use 'each', 'end' or 'off'")
     if not isinstance(target, str):
-        raise UsageError(f"target is {target!r}", hint="give its name: 'onnx', 'onnxruntime-cpu'")
+        raise UsageError(
+            f"target is {target!r}", hint="give its name: 'onnx', 'onnxruntime-cpu', 'torchscript'"
+        )
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise UsageError(f"seed is {seed!r}", hint="give an integer from 0 to 2**63 - 1")
     if dump_dir is not None and not isinstance(dump_dir, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""``planish export``: the export-to-ONNX tool."""
+"""``planish export``: a model as a file, ONNX or TorchScript."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument
-@click.option("-o", "--output", required=True, help="The file to write, *.onnx.")
+@click.option("-o", "--output", required=True, help="The file to write, *.onnx or *.pt.")
 @opset_option
 @target_option
 @click.option(
@@ -48,7 +48,7 @@ def export(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Export MODEL to a verified ONNX file of standard operators.
+    """Export MODEL to a verified file: ONNX of standard operators, or TorchScript (*.pt).
 
     The file's outputs are compared with the model's on the example inputs and on a second set of
     sizes before the file is moved into place.
@@ -57,14 +57,15 @@ def export(
     Examples:
       planish export ./minilm -o minilm.onnx
       planish export my_package.models:build -o model.onnx --opset 20
+      planish export ./minilm -o minilm.pt
       planish export model.pt2 -o model.onnx --target onnxruntime-cpu --recipe none
     """
     from planish.passes.recipe import resolve
     from planish.tools.loading import load_model
 
-    out = check_output(output)
+    out = check_output(output, (".onnx", ".pt"))
     watching.check(resolve(recipe))  # a mistyped recipe is told before the model is loaded
-    target = check_target(target or "onnx", opset)
+    target = check_target(target or ("torchscript" if out.suffix == ".pt" else "onnx"), opset)
     progress = stages(quiet=quiet or watching.prints)
     with watching.shown(as_json=as_json), progress as stage:
         stage("loading")
@@ -105,8 +106,9 @@ def _facts(artifact: Artifact, report: Report) -> dict[str, Any]:
 
 def _print(artifact: Artifact, report: Report) -> None:
     console, comparison = stdout(), artifact.comparison
+    opset = f"opset {artifact.opset}, " if artifact.opset else ""
     console.print(
-        f"wrote {artifact.path}: opset {artifact.opset}, {artifact.bytes / 1e6:.1f} MB, "
+        f"wrote {artifact.path}: {opset}{artifact.bytes / 1e6:.1f} MB, "
         f"{sum(artifact.operators.values())} operators",
         highlight=False,
     )

@@ -25,7 +25,7 @@ from planish.tools.watching import watching as watching_options
 
 @click.command()
 @model_argument
-@click.option("-o", "--output", default=None, help="The artifact to write, *.onnx.")
+@click.option("-o", "--output", default=None, help="The artifact to write, *.onnx or *.pt.")
 @click.option(
     "--recipe",
     default="exact",
@@ -93,11 +93,13 @@ def optimize(
     from planish.tools.report import check_report_path, report_text
     from planish.tools.writing import write_text
 
-    out = check_output(output) if output is not None else None
+    out = check_output(output, (".onnx", ".pt")) if output is not None else None
     if report is not None:
         check_report_path(str(report))
     watching.check(resolve(recipe))  # a mistyped recipe is told before the model is loaded
-    target = check_target(target or "onnxruntime-cpu", opset)
+    written = out.suffix if out is not None else ""
+    default = "torchscript" if written == ".pt" else "onnxruntime-cpu"
+    target = check_target(target or default, opset)
     progress = stages(quiet=quiet or watching.prints)
     with watching.shown(as_json=as_json), progress as stage:
         stage("loading")

@@ -39,7 +39,9 @@ def common(function: F) -> F:
 
 model_argument = click.argument("model", metavar="MODEL")
 
-target_option = click.option("--target", default=None, help="onnx (portable) or onnxruntime-cpu.")
+target_option = click.option(
+    "--target", default=None, help="onnx (portable), onnxruntime-cpu or torchscript."
+)
 
 verify_option = click.option(
     "--verify",

@@ -197,7 +197,7 @@ def test_outputs_may_not_drift_further_than_quantizing_moved_them() -> None:
     def at(decibels: float) -> list[Tensor]:
         return [expected[0] + 10 ** (-decibels / 20) * noise]
 
-    drift = verify_artifact._drift
+    drift = verify_artifact.drift
     assert drift(expected, at(20), measure(expected, at(25))) is None  # 6 dB are left for roundings
     assert "quantizing itself left" in str(drift(expected, at(20), measure(expected, at(28))))
     assert drift(expected, at(20), None) is None
@@ -209,4 +209,4 @@ def test_outputs_may_not_drift_further_than_quantizing_moved_them() -> None:
 
 
 def test_an_index_may_change_with_a_rounding() -> None:
-    assert verify_artifact._drift([torch.tensor([3])], [torch.tensor([4])], None) is None
+    assert verify_artifact.drift([torch.tensor([3])], [torch.tensor([4])], None) is None

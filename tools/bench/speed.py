@@ -31,7 +31,7 @@ from planish.tools.candidates import open_candidate
 from planish.tools.timing import interleave
 
 # The size that is timed: (batch, length) as the real models count it.
-_TIMED = {
+TIMED = {
     "minilm": (1, 128),
     "efficientnet-lite0": (1, 224),
     "dinov2-s": (1, 224),
@@ -44,7 +44,7 @@ Case = tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any, tuple[Any, ...], d
 def _real(model_id: str) -> Case:
     description = next(m for m in REAL_MODELS if m.id == model_id)
     args, kwargs = description.inputs(*description.sizes[0])
-    timed_args, timed_kwargs = description.inputs(*_TIMED[model_id])
+    timed_args, timed_kwargs = description.inputs(*TIMED[model_id])
     return (
         description.load(),
         args,
