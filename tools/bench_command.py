@@ -31,11 +31,13 @@ def bench(
     """Time A, B, ... in alternation on the same inputs; ratios are against A.
 
     A ratio is the median over rounds of A's latency divided by the other's: above 1 is faster
-    than A. The quartiles say how noisy the machine was. Each is an .onnx file or a MODEL.
+    than A. The quartiles say how noisy the machine was. Each is an .onnx file, a TorchScript .pt
+    file or a MODEL.
 
     \b
     Examples:
       planish bench plain.onnx minilm.onnx --size batch=1 --size sequence=128
+      planish bench ./minilm minilm.pt minilm.onnx
       planish bench a.onnx b.onnx --threads 2 --rounds 100 --json
     """
     from planish.ir.compare import measure

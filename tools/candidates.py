@@ -1,4 +1,4 @@
-"""Things that can be run and compared: ONNX files and models, behind one face."""
+"""Things that can be run and compared: files of each kind and models, behind one face."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Candidate:
 
 
 def open_candidate(spec: str, *, threads: int = 1) -> Candidate:
-    """Open an ``.onnx`` file or a ``MODEL``.
+    """Open an ``.onnx`` file, a TorchScript ``.pt`` file or a ``MODEL``.
 
     Raises:
         UsageError: there is no such file or model.
@@ -56,6 +56,8 @@ def open_candidate(spec: str, *, threads: int = 1) -> Candidate:
     path = Path(spec)
     if path.suffix == ".onnx":
         return _open_onnx(path, threads)
+    if path.suffix == ".pt":
+        return _open_script(path, threads)
     return _open_model(spec)
 
 
@@ -90,6 +92,29 @@ def _open_onnx(path: Path, threads: int) -> Candidate:
 
     size = sum(f.stat().st_size for f in path.parent.glob(path.name + "*") if f.is_file())
     return Candidate(str(path), slots, run, load_ms, size)
+
+
+def _open_script(path: Path, threads: int) -> Candidate:
+    from planish.backends.script_run import ScriptSession
+
+    start = time.perf_counter()
+    session = ScriptSession(path, threads=threads)
+    load_ms = 1e3 * (time.perf_counter() - start)
+    if session.metadata is None:
+        raise UnsupportedError(
+            f"{str(path)!r} does not say what its inputs look like",
+            hint="only TorchScript files that planish wrote can be compared",
+        )
+    slots = tuple(
+        Slot(i["name"], np.dtype(i["dtype"]), tuple(i["shape"])) for i in session.metadata["inputs"]
+    )
+
+    def run(values: Values) -> Values:
+        outputs = session.run([torch.from_numpy(values[slot.name]) for slot in slots])
+        tensors = [o for o in outputs if isinstance(o, torch.Tensor)]
+        return {n: t.numpy() for n, t in zip(session.output_names, tensors, strict=False)}
+
+    return Candidate(str(path), slots, run, load_ms, path.stat().st_size)
 
 
 def _dim(value: object, name: str, axis: int) -> int | str:

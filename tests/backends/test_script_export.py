@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 import planish
 from planish.backends.script_run import ScriptSession
 from planish.ir.errors import ExportError, UnsupportedError
+from planish.tools.candidates import make_inputs, open_candidate
 from tests.support.real_models import inputs, loaded
 
 _CHILD = """
@@ -218,7 +219,7 @@ class Branch(nn.Module):
 
 
 def test_a_branch_stays_a_branch(tmp_path: Path) -> None:
-    result = planish.optimize(Branch(), torch.ones(3), recipe="none", target="torchscript")
+    result = planish.optimize(Branch().eval(), torch.ones(3), recipe="none", target="torchscript")
     result.export(tmp_path / "model.pt")
     session = ScriptSession(tmp_path / "model.pt")
     for x in (torch.ones(3), -torch.ones(3)):
@@ -249,6 +250,23 @@ def test_equal_programs_give_equal_files_and_a_loaded_one_saves_again(tmp_path: 
     assert json.dumps(session.metadata)
 
 
+def test_files_are_compared_and_timed_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 4), nn.Tanh()).eval()
+    shapes = ({0: Dim("batch", max=8)},)
+    for name in ("a.pt", "a.onnx"):
+        result = planish.optimize(net, torch.randn(3, 8), dynamic_shapes=shapes)
+        result.export(tmp_path / name)
+    opened = [open_candidate(str(tmp_path / name)) for name in ("a.onnx", "a.pt")]
+    assert opened[0].slots == opened[1].slots
+    values = make_inputs(opened, {"batch": 5})
+    first, second = (candidate.run(values) for candidate in opened)
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        assert array.shape == (5, 4)
+        assert abs(array - second[name]).max() < 1e-5
+
+
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(b"\x80\x04}\x94.")  # an empty dict
@@ -260,7 +278,9 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_an_opset_is_a_thing_of_onnx(tmp_path: Path) -> None:
-    result = planish.optimize(nn.ReLU(), torch.randn(2, 3), recipe="none", target="torchscript")
+    result = planish.optimize(
+        nn.ReLU().eval(), torch.randn(2, 3), recipe="none", target="torchscript"
+    )
     with pytest.raises(ExportError, match="has no opset"):
         result.export(tmp_path / "model.pt", opset=20)
     assert not list(tmp_path.iterdir())
@@ -274,8 +294,7 @@ int main(int, char** argv) {
   auto module = torch::jit::load(argv[1]);
   std::ifstream file(argv[2], std::ios::binary);
   std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  auto given = torch::jit::pickle_load(bytes).toTensorVector();
-  std::vector<torch::jit::IValue> inputs(given.begin(), given.end());
+  auto inputs = torch::jit::pickle_load(bytes).toListRef().vec();
   c10::InferenceMode guard;
   auto out = module.forward(inputs);
   auto first = out.isTuple() ? out.toTuple()->elements()[0].toTensor() : out.toTensor();
