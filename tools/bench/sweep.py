@@ -105,6 +105,12 @@ def pass_share(outcomes: Sequence[Outcome]) -> float:
     return passed / len(outcomes) if outcomes else 0.0
 
 
+def script_share(outcomes: Sequence[Outcome]) -> float:
+    """Share of the outcomes with a TorchScript file equal to the program, 0..1."""
+    passed = sum(outcome.facts.get("torchscript") == "pass" for outcome in outcomes)
+    return passed / len(outcomes) if outcomes else 0.0
+
+
 def print_tables(outcomes: Sequence[Outcome]) -> None:
     """Print one row an entry, the reasons of those that did not pass, and totals by family."""
     from rich.console import Console
@@ -128,12 +134,17 @@ def print_tables(outcomes: Sequence[Outcome]) -> None:
             console.print(
                 f"{outcome.name}: {outcome.kind} in {outcome.stage}\n    {message}", markup=False
             )
-    totals = Table("family", "entries", "pass", "error", "BUG", "share", title="totals")
+        script = outcome.facts.get("torchscript", "pass")
+        if script != "pass":
+            console.print(f"{outcome.name}: no TorchScript file\n    {script}", markup=False)
+    columns = ("family", "entries", "pass", "error", "BUG", "share", "TorchScript")
+    totals = Table(*columns, title="totals")
     families = sorted({outcome.family for outcome in outcomes})
     for family in [*families, "all"]:
         members = [o for o in outcomes if family in (o.family, "all")]
         counts = [str(sum(o.status is status for o in members)) for status in Status]
-        totals.add_row(family, str(len(members)), *counts, f"{pass_share(members):.1%}")
+        shares = f"{pass_share(members):.1%}", f"{script_share(members):.1%}"
+        totals.add_row(family, str(len(members)), *counts, *shares)
     console.print(totals)
 
 

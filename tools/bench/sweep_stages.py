@@ -4,6 +4,8 @@ capture     the model becomes a program
 exact       the ``exact`` recipe, every pass verified and compared
 onnx        export to the portable ONNX target, which compares the file with the program
 equal       the file in ONNX Runtime against the model itself, on the sample and a second probe
+torchscript the TorchScript file, which export compares with the program on both; a column of its
+            own: what fails there is told in the facts and does not fail the entry
 """
 
 import contextlib
@@ -137,6 +139,16 @@ def _equal(case: Case) -> None:
     _compare(case, "the second probe", probe.inputs)
 
 
+def _torchscript(case: Case) -> None:
+    assert case.optimized is not None
+    try:
+        case.optimized.export(case.folder / "model.pt", target="torchscript")
+        case.facts["torchscript"] = "pass"
+    except Exception as error:  # the sweep is there to see every kind of failure
+        traceback.print_exc()
+        case.facts["torchscript"] = f"{type(error).__name__}: {error}"[:2000]
+
+
 def _compare(case: Case, where: str, flat: tuple[Any, ...]) -> None:
     """Raise DisagreementError unless the file and the model itself give equal outputs."""
     import onnxruntime as ort
@@ -178,6 +190,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("exact", _exact),
     Stage("onnx", _onnx),
     Stage("equal", _equal),
+    Stage("torchscript", _torchscript),
 )
 
 
