@@ -21,4 +21,6 @@ SAMPLE = (
 def test_sample_passes(name: str) -> None:
     outcome = sweep_one(entry(name))
     assert outcome.status is Status.PASS, f"{outcome.kind} in {outcome.stage}: {outcome.message}"
-    assert set(outcome.seconds) == {"build", "capture", "exact", "onnx", "equal"}
+    stages = {"build", "capture", "exact", "onnx", "equal", "torchscript"}
+    assert set(outcome.seconds) == stages
+    assert outcome.facts["torchscript"] == "pass"
