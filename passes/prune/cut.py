@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from planish.ir.errors import PassError
-from planish.ir.ops import aten, declared_arguments, is_op
+from planish.ir.ops import argument, aten, declared_arguments, is_op
 from planish.ir.rewriter import Rewriter
 from planish.passes.prune.groups import Group
-from planish.passes.prune.labels import AllPinnedError, AmbiguousReshapeError, Labels
+from planish.passes.prune.labels import (
+    AllPinnedError,
+    AmbiguousReshapeError,
+    Labels,
+    sizes_of,
+)
 from planish.passes.prune.literals import Removed, literals, old_sizes
 from planish.passes.prune.propagate import grow
 
 RULE = "cut-units"
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _MOVES = (aten.transpose.int, aten.permute.default, aten.alias.default, aten.dropout.default)
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim)
 _RETARGETED = (
     aten.split.Tensor,
     aten.chunk.default,
@@ -165,41 +173,61 @@ class _Cutter:
 
     def _resize(self, node: Node) -> None:
         """Literal sizes of a call, as they are now."""
-        found = literals(node, self.removed)
+        found = {
+            k: map_arg(v, lambda n: self.now[n.name])
+            for k, v in literals(node, self.removed).items()
+        }
+        current = self.now[node.name]
         if is_op(node, *_VIEWS):
-            # What a kernel gives for fewer units may lie in memory in another order.
-            if is_op(self.now[node.name], *_VIEWS):
-                self.now[node.name] = self._copied(self.now[node.name])
             if "size" in found:
                 found = {"shape": found["size"]}
+            # What a kernel gives for fewer units may lie in memory in another order.
+            if is_op(current, *_VIEWS):
+                shape = found.get("shape") if self._is_resized(node) else None
+                current = self.now[node.name] = self._copied(current, shape)
+        elif is_op(current, *_SQUEEZES):
+            self.now[node.name] = self._squeezed(node, current)
         if not found:
             return
-        changed = {k: map_arg(v, lambda n: self.now[n.name]) for k, v in found.items()}
-        current = self.now[node.name]
         if is_op(current, *_RETARGETED):
-            current = self.now[node.name] = self._retarget(current)
+            current = self.now[node.name] = self._retarget(node, current, found)
         args, kwargs = list(current.args), dict(current.kwargs)
         for position, declared in enumerate(declared_arguments(current)):
-            if declared.name not in changed:
+            if declared.name not in found:
                 continue
             if position < len(args) and not declared.kwarg_only:
-                args[position] = changed[declared.name]
+                args[position] = found[declared.name]
             else:
-                kwargs[declared.name] = changed[declared.name]
+                kwargs[declared.name] = found[declared.name]
         self.rewriter.set_args(current, args, kwargs)
 
-    def _copied(self, node: Node) -> Node:
-        """A view, as a reshape that copies where it has to."""
-        self.rewriter.insert_before(node)
-        new = self.rewriter.call(aten.reshape.default, node.args, like=node)
-        self.rewriter.replace(node, new)
-        return new
+    def _is_resized(self, node: Node) -> bool:
+        """Whether what a call reads has its new type already: constants do, others at the end."""
+        read = node.all_input_nodes[0]
+        return sizes_of(read) != sizes_of(self.now[read.name])
 
-    def _retarget(self, node: Node) -> Node:
+    def _copied(self, node: Node, shape: Any = None) -> Node:  # noqa: ANN401 - an fx argument
+        """A view, as a reshape that copies where it has to."""
+        given = argument(node, "size") if shape is None else shape
+        return self._instead(node, aten.reshape.default, (node.args[0], given))
+
+    def _squeezed(self, node: Node, current: Node) -> Node:
+        """A squeeze of the axes that were of one index, not of those that are by now."""
+        sizes = sizes_of(node.all_input_nodes[0])
+        named = is_op(node, aten.squeeze.dim)
+        axes = [argument(node, "dim") % len(sizes)] if named else range(len(sizes))
+        single = [i for i in axes if isinstance(sizes[i], int) and sizes[i] == 1]
+        return self._instead(current, aten.squeeze.dims, (current.args[0], single))
+
+    def _retarget(self, node: Node, current: Node, found: Mapping[str, Any]) -> Node:
         """A split into equal parts, as one into parts of any sizes."""
         dim, sizes = old_sizes(node)
+        if self._is_resized(node):
+            sizes = found["split_sizes"]
+        return self._instead(current, aten.split_with_sizes.default, (current.args[0], sizes, dim))
+
+    def _instead(self, node: Node, target: OpOverload, args: tuple[Any, ...]) -> Node:
         self.rewriter.insert_before(node)
-        target = aten.split_with_sizes.default
-        new = self.rewriter.call(target, (node.args[0], sizes, dim), like=node)
+        new = self.rewriter.call(target, args, like=node)
         self.rewriter.replace(node, new)
         return new

@@ -193,12 +193,17 @@ def _attention(node: Node, labels: Labels) -> None:
     labels.same((q, count - 1), (k, count - 1))
     labels.same((v, count - 1), (node, count - 1))
     labels.same((q, count - 2), (node, count - 2))
+    if argument(node, "is_causal"):
+        for value in (q, node):
+            labels.pin(value, count - 2, node, "a causal mask counts its units")
     for value in (k, v):
         labels.pin(value, count - 2, node, "a softmax runs over it")
     for axis in range(count - 2):
         sizes = [sizes_of(x)[axis] for x in (q, k, v)]
         if not all(isinstance(s, int) for s in sizes):
-            continue  # no units lie along a dynamic size
+            for value in (q, k, v, node):
+                labels.pin(value, axis, node, "an axis of dynamic size for another operand")
+            continue
         grouped = axis == count - 3 and bool(argument(node, "enable_gqa"))
         of_q = np.arange(int(sizes[0]), dtype=np.int64)
         for value, size in ((node, sizes_of(node)[axis]), (k, sizes[1]), (v, sizes[2])):

@@ -97,7 +97,7 @@ def pointwise(node: Node, labels: Labels) -> None:
     if out is None:
         unknown(node, labels)
         return
-    for operand in tensors(node):
+    for operand in tensors(node)[: 1 if node.target is aten.type_as.default else None]:
         shape = shape_of(operand)
         assert shape is not None
         shift = len(out) - len(shape)

@@ -71,9 +71,7 @@ def _expand(node: Node, labels: Labels) -> None:
 @rule(aten.repeat.default)
 def _repeat(node: Node, labels: Labels) -> None:
     operand = tensors(node)[0]
-    shape, out = shape_of(operand), shape_of(node)
-    assert shape is not None
-    assert out is not None
+    shape, out = sizes_of(operand), sizes_of(node)
     shift = len(out) - len(shape)
     for axis, size in enumerate(shape):
         many = out[axis + shift]
@@ -105,16 +103,17 @@ def _interleave(node: Node, labels: Labels) -> None:
 @rule(aten.cat.default)
 def _cat(node: Node, labels: Labels) -> None:
     dim = argument(node, "dim") % rank(node)
-    start = 0
-    for operand in argument(node, "tensors"):
+    start, parts = 0, argument(node, "tensors")
+    fixed = all(isinstance(sizes_of(operand)[dim], int) for operand in parts)
+    for operand in parts:
         for axis in range(rank(operand)):
             if axis != dim:
                 labels.same((operand, axis), (node, axis))
-        size = sizes_of(operand)[dim]
-        if not isinstance(size, int):
-            labels.pin(node, dim, node, "it is joined along an axis of dynamic size")
-            labels.pin(operand, dim, node, "it is joined along an axis of dynamic size")
-            return
+        if not fixed:
+            for value in (operand, node):
+                labels.pin(value, dim, node, "it is joined along an axis of dynamic size")
+            continue
+        size = int(sizes_of(operand)[dim])
         index = np.arange(size, dtype=np.int64)
         labels.tie((operand, dim), index, (node, dim), index + start)
         start += size
@@ -170,10 +169,8 @@ def _split(node: Node, labels: Labels) -> None:
     operand = tensors(node)[0]
     dim = argument(node, "dim") % rank(operand)
     pieces = [tuple(v.shape) for v in node.meta["val"]]
-    if not all(isinstance(shape[dim], int) for shape in pieces):
-        labels.pin_value(operand, node, "it is split along an axis of dynamic size")
-        return
-    starts = np.cumsum([0, *(shape[dim] for shape in pieces)])
+    fixed = all(isinstance(shape[dim], int) for shape in pieces)
+    starts = np.cumsum([0, *(shape[dim] for shape in pieces)] if fixed else [0])
     for piece in node.users:
         if not is_op(piece, operator.getitem):
             labels.pin_value(operand, node, "its pieces are handed on together")
@@ -181,6 +178,10 @@ def _split(node: Node, labels: Labels) -> None:
         for axis in range(rank(operand)):
             if axis != dim:
                 labels.same((operand, axis), (piece, axis))
+        if not fixed:
+            for value in (operand, piece):
+                labels.pin(value, dim, node, "it is split along an axis of dynamic size")
+            continue
         number: Any = piece.args[1]
         index = np.arange(pieces[number][dim], dtype=np.int64)
         labels.tie((piece, dim), index, (operand, dim), index + starts[number])
