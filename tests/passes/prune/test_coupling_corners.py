@@ -42,7 +42,7 @@ def _linears(**sizes: tuple[int, int]) -> dict[str, nn.Module]:
 
 def test_parts_behind_one_of_dynamic_size_are_tied_too() -> None:
     def what(s: Any, x: Tensor) -> Tensor:
-        return s.o(torch.cat([s.a(x), s.b(x.mean(1, keepdim=True))], 1).cos())  # type: ignore[no-any-return]  # modules are Any
+        return s.o(torch.cat([s.a(x), s.b(x.mean(1, keepdim=True))], 1).cos())
 
     net = Net(what, **_linears(a=(6, 8), b=(6, 8), o=(8, 3)))
     assert _all_right(net, torch.randn(2, 5, 6), ({0: B, 1: T},)) == ["a: 8 neurons"]
@@ -52,7 +52,7 @@ def test_parts_behind_one_of_dynamic_size_are_tied_too() -> None:
 def test_halves_of_an_axis_of_dynamic_size(pinned: bool) -> None:
     def what(s: Any, x: Tensor) -> Tensor:
         half = (x if pinned else s.p(x)).chunk(2, 1)[0]
-        return s.o(half + s.a(x).mean(1, keepdim=True))  # type: ignore[no-any-return]  # modules are Any
+        return s.o(half + s.a(x).mean(1, keepdim=True))
 
     net = Net(what, **_linears(p=(6, 6), a=(6, 6), o=(6, 3)))
     dynamic = ({0: B, 1: 2 * torch.export.Dim("half", min=2)},)
@@ -91,7 +91,7 @@ def test_units_along_the_queries(causal: bool) -> None:
         y = F.scaled_dot_product_attention(
             q[:, None], s.k(x)[:, None], x[:, None], is_causal=causal
         )
-        return s.o(y[:, 0].transpose(1, 2))  # type: ignore[no-any-return]  # modules are Any
+        return s.o(y[:, 0].transpose(1, 2))
 
     net = Net(what, **_linears(t=(5, 7), k=(6, 6), o=(7, 3)))
     if causal:
