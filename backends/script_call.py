@@ -13,23 +13,33 @@ What had to change its form is told in a remark.
 
 from __future__ import annotations
 
+import hashlib
 import keyword
 import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple  # noqa: UP035 - TorchScript's own
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from planish.backends.script_text import RESERVED
 from planish.ir.program import Program
 from planish.ir.trees import leaf_paths
 
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 _IDENTIFIER = re.compile(r"[A-Za-z]\w*$")
 TENSOR = "Tensor"
+_TYPING: Mapping[str, Any] = {
+    "Tensor": Tensor,
+    "Dict": Dict,  # noqa: UP006
+    "List": List,  # noqa: UP006
+    "Optional": Optional,
+    "Tuple": Tuple,  # noqa: UP006
+}
 
 
 @dataclass
@@ -40,23 +50,26 @@ class Types:
 
     def name(self, wanted: str, fields: tuple[tuple[str, str], ...]) -> str:
         """The name of a named tuple with these fields."""
-        base = re.sub(r"\W", "_", wanted) or "Output"
+        base = re.sub(r"\W", "_", wanted).lstrip("_") or "Output"
         name, count = base, 1
-        while self.named.get(name, fields) != fields:
+        while name in RESERVED or self.named.get(name, fields) != fields:
             count += 1
             name = f"{base}_{count}"
         self.named[name] = fields
         return name
 
     def classes(self) -> dict[str, type]:
-        """The named tuples as Python classes, for the compiler to find."""
-        space: dict[str, Any] = {"Tensor": Tensor}
-        from typing import Dict, List, Optional, Tuple  # noqa: UP035 - names in the types' text
+        """The named tuples as Python classes, for the compiler to find.
 
-        space |= {"Dict": Dict, "List": List, "Optional": Optional, "Tuple": Tuple}  # noqa: UP006
+        torch keeps every class it has compiled for as long as the process lives, under its full
+        name. So the module's part of that name stands for all the fields.
+        """
+        space: dict[str, Any] = dict(_TYPING)
+        digest = hashlib.sha256(repr(sorted(self.named.items())).encode()).hexdigest()[:16]
         for name, fields in self.named.items():
-            typed = [(f, eval(kind, space)) for f, kind in fields]
+            typed = [(f, eval(kind, space)) for f, kind in fields]  # texts made in this file alone
             space[name] = NamedTuple(name, typed)
+            space[name].__module__ = f"planish_file.types_{digest}"
         return {name: space[name] for name in self.named}
 
 
@@ -67,7 +80,7 @@ class Shown:
     type: str
     build: Callable[[list[str]], str]  # texts of its leaves -> an expression
     leaves: Callable[[str], list[str]]  # text of the whole -> expressions of its leaves
-    tree: Any  # how flat inputs fill it, as JSON
+    tree: Any  # how flat inputs fill it, as JSON; see script_run
 
 
 def structure(
@@ -100,12 +113,12 @@ def structure(
         if spec.type is not tuple:
             remark(f"{what} is a {spec.type.__name__}; TorchScript makes it a tuple")
         return _tuple(children)
-    own = getattr(spec.type, "__name__", "Output") if spec.type not in _MAPPINGS else "Output"
-    own = spec.context.__name__ if isinstance(spec.context, type) else own
+    own: str = (spec.context if isinstance(spec.context, type) else spec.type).__name__
     if not _is_namedtuple(spec):
         remark(f"{what} is a {own}; TorchScript makes it a named tuple of the same fields")
+    wanted = "Output" if spec.type in _MAPPINGS else own
     fields = tuple(zip(names, (c.type for c in children), strict=True))
-    return _named(children, types.name(own, fields), names)
+    return _named(children, types.name(wanted, fields), names)
 
 
 def _is_namedtuple(spec: pytree.TreeSpec) -> bool:
@@ -122,8 +135,12 @@ def _fields(spec: pytree.TreeSpec) -> list[str] | None:
     if spec.type in (tuple, list):
         return None
     paths = [path[0] for path in leaf_paths(_shallow(spec))] if spec.num_children else []
-    good = all(_IDENTIFIER.match(p) and not keyword.iskeyword(p) for p in paths)
+    good = all(_IDENTIFIER.match(p) and not _taken_field(p) for p in paths)
     return paths if paths and good else None
+
+
+def _taken_field(name: str) -> bool:
+    return keyword.iskeyword(name) or hasattr(tuple, name)  # "count" and "index"
 
 
 def _shallow(spec: pytree.TreeSpec) -> pytree.TreeSpec:
@@ -198,8 +215,6 @@ def kind_of(node: object, program: Program) -> str:
     value = node.meta["val"]
     if isinstance(value, Tensor):
         return TENSOR
-    import torch
-
     pairs: Mapping[type, str] = {
         torch.SymInt: "int",
         torch.SymFloat: "float",

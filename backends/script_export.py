@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -27,7 +29,8 @@ from planish.backends.torch_lowering import Lowered, Lowering
 from planish.backends.verify_artifact import SAMPLE, drift, probes_of
 from planish.ir.compare import bounds_of, difference, measure, worst
 from planish.ir.errors import ExportError, UnsupportedError, source_line
-from planish.ir.ops import op_name
+from planish.ir.execute import run
+from planish.ir.ops import ASSERTIONS, is_pure_call, op_name
 from planish.ir.program import Program
 from planish.ir.tensortype import dim_text
 
@@ -69,6 +72,7 @@ class TorchScript(Backend):
             metadata = _metadata(program, dict(facts), source.call)
             write_module(compile_module(source), aside, metadata)
             session = ScriptSession(aside)
+            _tell_renamed(program, session, options.remark)
             operators = session.operators()
             _check_operators(operators)
             comparison = runtime = None
@@ -149,14 +153,15 @@ def verify(
     """
     from planish.backends.torch_stepwise import stepwise
 
-    probes = probes_of(program, options.remark)
+    probes = _probes(program, options.remark)
     quantized = is_quantized(program)
     steps = None
     if quantized:
         steps = stepwise(lowered, [(label, inputs) for label, inputs, _ in probes])
     names, found = program.signature.output_names, []
     for label, inputs, expected in probes:
-        outputs = session.run(inputs)
+        with seeded():
+            outputs = session.run(inputs)
         known = options.quantization if label.startswith(SAMPLE) else None
         problem = (
             drift(expected, outputs, known)
@@ -177,9 +182,41 @@ def verify(
     )
 
 
+def _probes(
+    program: Program, remark: Callable[[str], None]
+) -> list[tuple[str, Sequence[Any], Sequence[Any]]]:
+    """As ``probes_of``; what a program draws at random is drawn from one seed."""
+    drawn = [n for n in program.operators if not (is_pure_call(n) or n.target in ASSERTIONS)]
+    if not drawn:
+        return probes_of(program, remark)
+    remark(
+        f"{op_name(drawn[0].target)} draws from torch's generator in every call, as the model does"
+    )
+    probes = []
+    for label, inputs, _ in probes_of(program, remark):
+        with seeded():
+            probes.append((label, inputs, run(program, inputs)))
+    return probes
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Torch's generator in one and the same state, and afterwards in its own again."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def _output_names(program: Program) -> tuple[str, ...]:
     pairs = zip(program.results, program.signature.output_names, strict=True)
     return tuple(name for value, name in pairs if isinstance(value, Node))
+
+
+def _tell_renamed(program: Program, session: ScriptSession, remark: Callable[[str], None]) -> None:
+    """Say which inputs must be called by another name: TorchScript keeps some for itself."""
+    for name, given in zip(program.signature.parameters, session.parameters, strict=False):
+        if name != given:
+            remark(f"the argument {name!r} is called {given!r}: TorchScript has a use for its name")
 
 
 def _check_operators(operators: dict[str, int]) -> None:

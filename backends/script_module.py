@@ -6,6 +6,7 @@ not the user's, so these warnings end here and in ``script_run``.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from typing import Any, Dict, List, Optional, Tuple, Union  # noqa: UP035 - Torc
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
 
 from planish.backends.script_source import Source
 from planish.ir.errors import ExportError, UnsupportedError
+from planish.ir.ops import op_name
 
 METADATA = "planish.json"  # the extra file that every file of ours carries
 _SCOPE: Mapping[str, Any] = {
@@ -46,49 +50,87 @@ def quiet() -> Iterator[None]:
 def compile_module(source: Source) -> torch.jit.ScriptModule:
     """The module of a file.
 
+    It is compiled in a unit of its own: what else this process has compiled changes no name in it,
+    and nothing of it outlives it.
+
     Raises:
-        UnsupportedError: TorchScript's compiler refuses a line; shows it.
+        UnsupportedError: TorchScript's compiler refuses a line, or takes an operator in it for
+            another one; names the node.
     """
     scope = {**_SCOPE, **source.classes}
+    unit = torch._C.CompilationUnit()
+    model = _holder("Model", unit, source.attributes)
+    if source.setstate:
+        packed = _holder("Packed", unit, {**source.raw, **source.packed})
+        _define(packed, source.setstate, scope, {})
+        model._register_attribute("packed", packed._type(), packed)
+    _define(model, source.forward, scope, source.origins)
+    _check_overloads(model, source.origins)
     with quiet():
-        module = _holder("Model", source.attributes)
-        if source.setstate:
-            packed = _holder("Packed", {**source.raw, **source.packed})
-            _define(packed, source.setstate, scope)
-            module = _holder("Model", source.attributes, packed)
-        _define(module, source.forward, scope)
-        return module.eval()
+        made: torch.jit.ScriptModule = torch.jit._recursive.wrap_cpp_module(model)
+        return made
 
 
-def _holder(
-    name: str, tensors: Mapping[str, Tensor], packed: torch.jit.ScriptModule | None = None
-) -> torch.jit.ScriptModule:
-    """A script module that holds tensors and has no methods yet."""
-
-    def construct(self: torch.jit.ScriptModule) -> None:
-        super(kind, self).__init__()
-        for key, tensor in tensors.items():
-            self.register_buffer(key, tensor.detach())
-        if packed is not None:
-            self.packed = packed
-
-    meta: Any = type(torch.jit.ScriptModule)
-    kind: Any = meta(
-        name, (torch.jit.ScriptModule,), {"__init__": construct, "__module__": "planish_file"}
-    )
-    made: torch.jit.ScriptModule = kind()
-    return made
+def _holder(name: str, unit: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - torch._C
+    """A module that holds tensors and has no methods yet."""
+    module = torch._C.ScriptModule(f"__torch__.planish_file.{name}", unit, False)
+    module._register_attribute("training", torch._C.BoolType.get(), False)
+    for key, tensor in tensors.items():
+        module._register_attribute(key, torch._C.TensorType.get(), tensor.detach())
+    return module
 
 
-def _define(module: torch.jit.ScriptModule, text: str, scope: Mapping[str, Any]) -> None:
-    inner: Any = module._actual_script_module
+def _define(
+    module: Any,  # noqa: ANN401 - torch._C
+    text: str,
+    scope: Mapping[str, Any],
+    origins: Mapping[int, Node],
+) -> None:
+    concrete = torch._C.ConcreteModuleType.from_jit_type(module._type())
     try:
-        inner._c._define(inner._concrete_type, text, scope.get)
+        module._define(concrete, text, scope.get)
     except RuntimeError as error:
         raise UnsupportedError(
             f"TorchScript does not take this program: {_told(str(error))}",
-            hint="export to ONNX instead, or report it with the model",
+            where=origins.get(_line(str(error))),
+            hint="export to another target, or report it with the model",
         ) from error
+
+
+def _line(place: str) -> int:
+    """The number of the line that a message or a source range speaks of; 0 where it names none."""
+    found = re.search(r'File "<string>", line (\d+)', place)
+    return int(found[1]) if found else 0
+
+
+def _check_overloads(module: Any, origins: Mapping[int, Node]) -> None:  # noqa: ANN401 - torch._C
+    """The compiler chooses an overload by its arguments; make sure that it chose the same one.
+
+    ``view(x, dtype)`` and ``view(x, size)`` are one to it, for a dtype is a number there.
+    """
+    for made in _nodes(module._get_method("forward").graph):
+        node = origins.get(_line(made.sourceRange()))
+        if node is None or not isinstance(node.target, OpOverload):
+            continue
+        wanted = node.target._schema
+        if made.kind() != wanted.name:
+            continue  # a conversion of an argument
+        found = torch._C.parse_schema(made.schema())
+        if [a.name for a in found.arguments] != [a.name for a in wanted.arguments]:
+            raise UnsupportedError(
+                f"TorchScript has no way to say {op_name(node.target)}: it takes it for "
+                f"{made.schema().split('(')[0]}",
+                where=node,
+                hint="rewrite this part of the model without it, or export to another target",
+            )
+
+
+def _nodes(block: Any) -> Iterator[Any]:  # noqa: ANN401 - torch._C
+    """All nodes of a compiled graph, those within branches too."""
+    for node in block.nodes():
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)
 
 
 def _told(message: str) -> str:
@@ -96,7 +138,7 @@ def _told(message: str) -> str:
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     pointed = [k for k, line in enumerate(lines) if "<--- HERE" in line]
     where = lines[pointed[0] - 1] if pointed else ""
-    return f"{lines[0]} {where}".strip()[:400]
+    return f"{lines[0] if lines else 'no reason given'} {where}".strip()[:400]
 
 
 def write_module(module: torch.jit.ScriptModule, path: Path, metadata: str) -> None:

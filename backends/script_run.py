@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from planish.backends.base import RuntimeReport
 from planish.backends.script_module import METADATA, quiet
 from planish.ir.errors import ExportError, UnsupportedError, UsageError
+from planish.ir.trees import decode
 
 _MOVES_NOTHING = ("prim::", "aten::size", "aten::dim", "aten::eq", "aten::len", "aten::__")
 
@@ -53,6 +54,11 @@ class ScriptSession:
         """Flat inputs by name, as planish wrote them; the parameters of any other file."""
         if self.metadata is not None:
             return tuple(i["name"] for i in self.metadata["inputs"])
+        return self.parameters
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arguments of ``forward``."""
         return tuple(a.name for a in self.module.forward.schema.arguments[1:])
 
     @property
@@ -102,7 +108,7 @@ def _filled(tree: Any, inputs: Sequence[Any]) -> Any:  # noqa: ANN401 - the call
         return inputs[tree]
     ((kind, content),) = tree.items()
     if kind == "value":
-        return content
+        return decode(content)
     if kind == "dict":
         return {key: _filled(t, inputs) for key, t in content.items()}
     parts = [_filled(t, inputs) for t in content]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
 from planish.backends.script_call import Types, constant_type, kind_of, structure
-from planish.backends.script_text import INDENT, Body, Names, is_packing
+from planish.backends.script_text import INDENT, Body, Names, is_packing, quoted
 from planish.backends.torch_lowering import Lowered
+from planish.ir.errors import UnsupportedError
+from planish.ir.infer import reason
+from planish.ir.ops import is_view
 from planish.ir.program import Program
 from planish.ir.tensortype import dim_text, dtype_name
+from planish.ir.trees import encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,7 @@ class Source:
 
     Attributes:
         forward: source of the method.
+        origins: line of ``forward``, from 1 -> the node that it computes.
         setstate: source of ``__getstate__`` and ``__setstate__`` of the submodule ``packed``; empty
             where nothing is packed.
         attributes: name -> constant of the program, held by the module itself.
@@ -34,6 +40,7 @@ class Source:
     """
 
     forward: str
+    origins: dict[int, Node]
     setstate: str
     attributes: dict[str, Tensor]
     raw: dict[str, Tensor]
@@ -68,6 +75,7 @@ def source_of(lowered: Lowered, remark: Callable[[str], None]) -> Source:
     head = f"def forward(self{''.join(', ' + p for p in parameters)}):"
     return Source(
         forward="\n".join([head, *body.lines]) + "\n",
+        origins={k: n for k, n in enumerate(body.origins, start=2) if n is not None},
         setstate=packing.source(),
         attributes=attributes,
         raw=packing.kept,
@@ -113,7 +121,12 @@ def _opening(
             if leaf in signature.fixed:
                 value = signature.fixed[leaf]
                 fixed.append((position, value))
-                kinds.append((constant_type(value), None if value is None else {"value": value}))
+                kinds.append(
+                    (
+                        constant_type(value),
+                        None if value is None else {"value": encode(value, name)},
+                    )
+                )
             else:
                 kinds.append((kind_of(next(placeholders), program), flat))
                 flat += 1
@@ -126,9 +139,10 @@ def _opening(
         expressions += [text for i, text in enumerate(leaves) if i not in skip]
         trees.append(shown.tree)
         default = spec.is_leaf() and bool(fixed)
-        texts.append((f"{name}: {shown.type}", f" = {fixed[0][1]!r}" if default else ""))
+        text = f" = {body.literal(fixed[0][1])}" if default else ""
+        texts.append((f"{name}: {shown.type}", text))
     _take(lowered, body, expressions)
-    return _declared(texts), body, {"args": trees, "names": parameters}
+    return _declared(texts), body, {"args": trees}
 
 
 def _declared(texts: list[tuple[str, str]]) -> list[str]:
@@ -141,9 +155,11 @@ def _declared(texts: list[tuple[str, str]]) -> list[str]:
 
 
 def _check_constant(body: Body, text: str, value: object, name: str) -> None:
-    relation = "is None" if value is None else f"== {value!r}"
+    relation = "is None" if value is None else f"== {body.literal(value)}"
+    nan = isinstance(value, float) and math.isnan(value)
+    test = f"math.isnan({text})" if nan else f"{text} {relation}"
     message = f"input {name!r} was the constant {value!r} when this file was made"
-    body.add(f"assert {text} {relation}, {json.dumps(message)}")
+    body.add(f"assert {test}, {quoted(message)}")
 
 
 def _take(lowered: Lowered, body: Body, expressions: list[str]) -> None:
@@ -168,31 +184,67 @@ def _take(lowered: Lowered, body: Body, expressions: list[str]) -> None:
 def _check_tensor(
     program: Program, body: Body, variable: str, name: str, value: Tensor, seen: dict[str, str]
 ) -> None:
-    tests = [f"{variable}.dtype == {value.dtype}", f"{variable}.dim() == {value.dim()}"]
+    """Assert an input's type and sizes.
+
+    Args:
+        program: whose input it is.
+        body: gets the assertion.
+        variable: the input's name in the source.
+        name: the user's name for it.
+        value: its type.
+        seen: symbol -> the text of its size; grows by what this input says.
+    """
     signature = program.signature
+    tests = [f"{variable}.dtype == {value.dtype}", f"{variable}.dim() == {value.dim()}"]
+    symbols: set[str] = set()
     for axis, size in enumerate(value.shape):
         text = f"{variable}.size({axis})"
-        if not isinstance(size, SymInt):
+        if isinstance(size, SymInt):
+            symbols |= {str(s) for s in size.node.expr.free_symbols}
+            tests += _size_tests(size.node.expr, text, seen, signature.ranges)
+        else:
             tests.append(f"{text} == {size}")
-            continue
-        symbol = str(size.node.expr)
-        if not symbol.isidentifier():
-            continue  # derived from another size
-        if symbol in seen:
-            tests.append(f"{text} == {seen[symbol]}")
-            continue
-        seen[symbol] = text
-        low, high = signature.ranges.get(symbol, (0, None))
-        tests += [f"{text} >= {low}"] * (low > 0) + [f"{text} <= {high}"] * (high is not None)
     sizes = ", ".join(str(dim_text(d, signature.symbols)) for d in value.shape)
-    symbols = {str(d.node.expr) for d in (*value.shape,) if not isinstance(d, int)}  # type: ignore[attr-defined,unused-ignore] # SymInt is no int at run time
     ranges = [
         f"{signature.symbols.get(s, s)} from {low} to {high if high is not None else 'any size'}"
         for s, (low, high) in sorted(signature.ranges.items())
         if s in symbols
     ]
     wanted = f"{dtype_name(value.dtype)} [{sizes}]" + (f", {', '.join(ranges)}" if ranges else "")
-    body.add(f"assert {' and '.join(tests)}, {json.dumps(f'input {name!r} must be {wanted}')}")
+    body.add(f"assert {' and '.join(tests)}, {quoted(f'input {name!r} must be {wanted}')}")
+
+
+def _size_tests(
+    expr: sympy.Expr,
+    text: str,
+    seen: dict[str, str],
+    ranges: Mapping[str, tuple[int, int | None]],
+) -> list[str]:
+    """What a dynamic size must fulfill: ``a * symbol + b``; anything else is not tested.
+
+    Args:
+        expr: the size, as the program says it.
+        text: the size, as the source reads it.
+        seen: symbol -> the text of its size; grows where this size is the first to tell one.
+        ranges: symbol -> smallest and largest legal size.
+    """
+    free = sorted(expr.free_symbols, key=str)
+    if len(free) != 1 or not expr.is_polynomial(*free) or sympy.degree(expr, free[0]) != 1:
+        return []
+    symbol, coefficients = str(free[0]), sympy.Poly(expr, free[0]).all_coeffs()
+    if not all(c.is_Integer for c in coefficients) or coefficients[0] < 0:
+        return []
+    factor, offset = (int(c) for c in coefficients)
+    if symbol in seen:
+        plain = factor == 1 and not offset
+        return [f"{text} == {seen[symbol]}" + ("" if plain else f" * {factor} + {offset}")]
+    tests = [f"({text} - {offset}) % {factor} == 0"] * (factor > 1)
+    shifted = f"({text} - {offset})" if offset else text
+    seen[symbol] = f"{shifted} // {factor}" if factor > 1 else shifted
+    low, high = ranges.get(symbol, (0, None))
+    least = factor * low + offset
+    tests += [f"{text} >= {least}"] * (least > 0)
+    return tests + ([f"{text} <= {factor * high + offset}"] if high is not None else [])
 
 
 def _result(lowered: Lowered, body: Body, types: Types, remark: Callable[[str], None]) -> str:
@@ -202,13 +254,22 @@ def _result(lowered: Lowered, body: Body, types: Types, remark: Callable[[str], 
     assert isinstance(made, (list, tuple))
     for value, original in zip(made, program.results, strict=True):
         text = body.literal(value)
-        if isinstance(original, Node) and isinstance(original.meta["val"], Tensor):
+        if _may_be_constant(value):  # the caller may write into it, and the file must not change
+            text += ".clone()"
+        elif isinstance(original, Node) and isinstance(original.meta["val"], Tensor):
             if original.meta["val"].dim() >= 3:  # a picture may lie channels-last
                 text += ".contiguous()"
         texts.append(text)
         kinds.append((kind_of(original, program), None))
     shown = structure(program.signature.out_spec, kinds, types, remark, "the output")
     return shown.build(texts)
+
+
+def _may_be_constant(node: object) -> bool:
+    """Whether a value of the lowered graph may share the memory of a constant."""
+    while isinstance(node, Node) and is_view(node.target) and node.args:
+        node = node.args[0]
+    return isinstance(node, Node) and (node.op == "get_attr" or is_packing(node))
 
 
 # -- what is done on load ---------------------------------------------------------------------
@@ -240,8 +301,15 @@ class _Packing:
                 results[source] = self._lowered.constants[str(source.target)]
         args = torch.fx.node.map_arg(node.args, lambda n: results[n])
         kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: results[n])
-        with torch.no_grad():
-            results[node] = node.target(*args, **kwargs)  # type: ignore[operator] # an operator
+        try:
+            with torch.no_grad():
+                results[node] = node.target(*args, **kwargs)  # type: ignore[operator] # an operator
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"a constant does not go into the layout of its kernel: {reason(error)}",
+                where=node,
+                hint="this is a defect of planish: report it with the model",
+            ) from error
         outer = [u for u in node.users if not is_packing(u)]
         for source in node.all_input_nodes:
             if source.op == "get_attr":

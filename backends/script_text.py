@@ -15,10 +15,11 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
@@ -26,11 +27,16 @@ from planish.backends.torch_grids import SIZES, STRIDES
 from planish.backends.torch_lowering import PACK, Lowered
 from planish.ir.errors import UnsupportedError, source_line
 from planish.ir.ops import ASSERTIONS, op_name
+from planish.ir.program import Constant
 
 INDENT = "    "
-_RESERVED = frozenset({"self", "torch", "Tensor", "List", "Dict", "Tuple", "Optional", "Number"})
-_RESERVED_MODULES = frozenset({"math"})
-_RESERVED_TOO = frozenset({"int", "float", "bool", "str", "max", "min", "abs", "print", "len"})
+# Of the operators that every build of torch for CPUs has, in Python and C++.
+NAMESPACES = frozenset({"aten", "mkldnn", "onednn", "quantized"})
+# What the source itself says: no variable, parameter or named tuple may be called so.
+RESERVED = frozenset(
+    """self torch math Tensor List Dict Tuple Optional Number int float bool str complex
+    max min abs sum round None True False""".split()
+)
 
 _INFIX: Mapping[Any, str] = {
     operator.add: "+",
@@ -46,21 +52,33 @@ _INFIX: Mapping[Any, str] = {
     operator.le: "<=",
     operator.gt: ">",
     operator.ge: ">=",
-    operator.and_: "and",
-    operator.or_: "or",
+    operator.and_: "&",  # also of numbers, which "and" would take for truth values
+    operator.or_: "|",
+    operator.xor: "^",
+    operator.lshift: "<<",
+    operator.rshift: ">>",
 }
+# TorchScript makes a real number of these where Python makes an integer.
+_INTEGER_TOO = frozenset({operator.pow, round})
 _CALLS: Mapping[Any, str] = {
     torch.sym_max: "max({})",
     torch.sym_min: "min({})",
     torch.sym_not: "not {}",
     torch.sym_float: "float({})",
     torch.sym_int: "int({})",
-    torch.sym_ite: "torch.jit.annotate(int, {1} if {0} else {2})",
+    torch.sym_ite: "({1} if {0} else {2})",
+    torch.sym_sum: "sum({})",
     operator.neg: "-{}",
     operator.not_: "not {}",
+    abs: "abs({})",
     math.ceil: "math.ceil({})",
     math.floor: "math.floor({})",
+    math.trunc: "int({})",
     round: "round({})",
+    **{
+        getattr(torch, f"_sym_{name}"): f"math.{name}({{}})"
+        for name in "sqrt cos cosh sin sinh tan tanh asin acos atan".split()
+    },
     SIZES: "{}.size()",
     STRIDES: "{}.stride()",
 }
@@ -73,10 +91,14 @@ _METHODS: Mapping[Any, str] = {
 
 
 class Names:
-    """Distinct names that TorchScript takes."""
+    """Distinct names that TorchScript takes.
+
+    Args:
+        taken: names that exist already, besides those that the source itself needs.
+    """
 
     def __init__(self, taken: tuple[str, ...] = ()):
-        self._taken = {*taken, *_RESERVED, *_RESERVED_TOO, *_RESERVED_MODULES}
+        self._taken = {*taken, *RESERVED}
 
     def new(self, wanted: str) -> str:
         """A name near the wanted one that nobody has yet."""
@@ -99,6 +121,11 @@ class Body:
         names: of variables; shared by nested graphs.
         attribute: constant's name -> how the source reads it.
         packed: packing node -> how the source reads what it made; empty to run it in place.
+
+    Attributes:
+        lines: of the source, indented.
+        origins: for each line the node that it computes, if it computes one.
+        variables: node -> the name of its value.
     """
 
     def __init__(
@@ -113,16 +140,25 @@ class Body:
         self.attribute = attribute
         self.packed = packed
         self.lines: list[str] = []
+        self.origins: list[Node | None] = []
         self.variables: dict[Node, str] = {}
         self._indent = 1
+        self._current: Node | None = None
+        self._from = {made: n for n, made in lowered.origins.items() if isinstance(made, Node)}
 
     def add(self, line: str, node: Node | None = None) -> None:
         """One line at the current depth, with the user's source line where it is known."""
         origin = source_line(node) if node is not None else None
         self.lines.append(INDENT * self._indent + line + (f"  # {origin}" if origin else ""))
+        self.origins.append(node)
 
     def write(self, node: Node) -> None:
-        """The line of one operator."""
+        """The line of one operator.
+
+        Raises:
+            UnsupportedError: TorchScript has no form for it.
+        """
+        self._current = node
         if node.op == "get_attr":
             held = self.lowered.constants[str(node.target)]
             if isinstance(held, Tensor):
@@ -134,7 +170,7 @@ class Body:
             self.variables[node] = self.packed[node]
             return
         if node.target is torch.ops.higher_order.cond:
-            self._cond(node)
+            self._cond(node, self.lowered.constants)
             return
         name = self.names.new(node.name)
         self.add(f"{name} = {self.expression(node)}", node)
@@ -149,30 +185,55 @@ class Body:
         target = node.target
         if target is operator.getitem:
             return f"{self.literal(node.args[0])}[{self.literal(node.args[1])}]"
-        if target in _INFIX:
-            left, right = (self.literal(a) for a in node.args)
-            return f"({left} {_INFIX[target]} {right})"
-        if target in _CALLS:
-            texts = [self.literal(a) for a in node.args]
-            form = _CALLS[target]
-            return form.format(*texts) if "{0}" in form else form.format(", ".join(texts))
+        if target in _INFIX or target in _CALLS:
+            text = self._arithmetic(node)
+            return f"int({text})" if target in _INTEGER_TOO and self._is_integer(node) else text
         if target in _METHODS:
             tensor, *rest = (self.literal(a) for a in node.args)
             return f"{tensor}.{_METHODS[target]}({', '.join(rest)})"
         if isinstance(target, OpOverload):
             return self._operator(node, target)
-        raise UnsupportedError(
-            f"{op_name(target)} has no form in TorchScript",
-            where=node,
-            hint="export to ONNX, or rewrite this part of the model",
+        raise self._formless(op_name(target))
+
+    def _formless(self, what: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{what} has no form in TorchScript",
+            where=self._current,
+            hint="rewrite this part of the model without it, or export to another target",
         )
 
+    def _arithmetic(self, node: Node) -> str:
+        """Arithmetic on sizes and other numbers."""
+        if node.target is round and node.args[1:] not in ((), (None,)):
+            raise self._formless("rounding to digits")
+        # ``round`` may come with None for its digits.
+        texts = [self.literal(a) for a in node.args if a is not None]
+        if node.target in _INFIX:
+            left, right = texts
+            return f"({left} {_INFIX[node.target]} {right})"
+        form = _CALLS[node.target]
+        return form.format(*texts) if "{0}" in form else form.format(", ".join(texts))
+
+    def _is_integer(self, node: Node) -> bool:
+        value = self._from.get(node, node).meta.get("val")
+        return isinstance(value, (int, SymInt))
+
     def _operator(self, node: Node, target: OpOverload) -> str:
-        declared = {a.name: a for a in target._schema.arguments}
-        positional = [a for a in target._schema.arguments if not a.kwarg_only]
-        texts = [self._typed(v, a) for v, a in zip(node.args, positional, strict=False)]
-        for key, value in node.kwargs.items():
-            texts.append(f"{key}={self._typed(value, declared[key])}")
+        if target.namespace not in NAMESPACES:
+            raise UnsupportedError(
+                f"{op_name(target)} is no operator of torch: a process with torch alone could not "
+                "load the file",
+                where=node,
+                hint="write this part of the model in torch's own operators",
+            )
+        declared = target._schema.arguments
+        texts = [self._typed(v, a) for v, a in zip(node.args, declared, strict=False)]
+        plain = _unambiguous(target)
+        texts[plain:] = [
+            f"{a.name}={t}" for a, t in zip(declared[plain:], texts[plain:], strict=False)
+        ]
+        by_name = {a.name: a for a in declared}
+        texts += [f"{key}={self._typed(v, by_name[key])}" for key, v in node.kwargs.items()]
         space, name = target.namespace, target._schema.name.split("::")[1]
         return f"torch.ops.{space}.{name}({', '.join(texts)})"
 
@@ -209,25 +270,33 @@ class Body:
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self.literal(v) for v in value)}]"
         if isinstance(value, float):
-            if math.isnan(value) or math.isinf(value):
-                return f'float("{value}")'
-            return repr(value)
+            return repr(value) if math.isfinite(value) else f'float("{value}")'
+        if isinstance(value, complex):
+            return f"complex({self.literal(value.real)}, {self.literal(value.imag)})"
+        if isinstance(value, str):
+            return quoted(value)
         if isinstance(value, torch.device):
             return f'torch.device("{value}")'
         if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
             return str(value)
-        if value is None or isinstance(value, (bool, int, str)):
+        if value is None or isinstance(value, (bool, int)):
             return repr(value)
-        raise UnsupportedError(f"a {type(value).__name__} has no form in TorchScript")
+        raise self._formless(f"a {type(value).__name__}")
 
     # -- branches -----------------------------------------------------------------------------
 
-    def _cond(self, node: Node) -> None:
+    def _cond(self, node: Node, held: Mapping[str, Constant]) -> None:
+        """A branch; its bodies may branch in turn.
+
+        Args:
+            node: the ``cond``.
+            held: what the ``get_attr`` nodes of its own graph read.
+        """
         predicate, if_true, if_false, operands = node.args
         assert isinstance(operands, (list, tuple))
         name = self.names.new(node.name)
         for word, body in ((f"if bool({self.literal(predicate)}):", if_true), ("else:", if_false)):
-            module = self.lowered.constants[str(body.target)]  # type: ignore[union-attr] # a get_attr
+            module = held[str(body.target)]  # type: ignore[union-attr] # a get_attr
             assert isinstance(module, GraphModule)
             self.add(word, node)
             self._indent += 1
@@ -237,17 +306,50 @@ class Body:
         self.variables[node] = name
 
     def _nested(self, module: GraphModule, operands: list[Any]) -> list[str]:
-        rest = iter(operands)
+        rest, held = iter(operands), dict(module.named_children())
         for inner in module.graph.nodes:
+            self._current = inner
             if inner.op == "placeholder":
                 self.variables[inner] = self.literal(next(rest))
             elif inner.op == "output":
                 return [self.literal(r) for r in inner.args[0]]
+            elif inner.op == "get_attr" and str(inner.target) in held:
+                continue  # the body of a branch within this one
             elif inner.op == "get_attr":
-                raise UnsupportedError("a branch holds constants of its own", where=inner)
+                raise UnsupportedError(
+                    "a branch holds a constant of its own",
+                    where=inner,
+                    hint="make it a buffer of the model",
+                )
+            elif inner.target is torch.ops.higher_order.cond:
+                self._cond(inner, held)  # type: ignore[arg-type] # graph modules alone are read
             else:
                 self.write(inner)
         raise AssertionError("a graph always ends in its output node")
+
+
+@cache
+def _unambiguous(target: OpOverload) -> int:
+    """How many leading arguments of an operator are called alike in all its overloads.
+
+    The others are passed by name: TorchScript finds the overload by the arguments, and would take
+    ``f(x, 5)`` for the first of those that have a number there.
+    """
+    packet = getattr(getattr(torch.ops, target.namespace), target._schema.name.split("::")[1])
+    names = [a.name for a in target._schema.arguments]
+    least = len(names)
+    for overload in packet.overloads():
+        others = [a.name for a in getattr(packet, overload)._schema.arguments if not a.kwarg_only]
+        for position, (mine, other) in enumerate(zip(names, others, strict=False)):
+            if mine != other:
+                least = min(least, position)
+    return least
+
+
+def quoted(text: str) -> str:
+    """A string in TorchScript's notation, which has no hexadecimal escapes."""
+    plain = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\{ord(m[0]):03o}", plain) + '"'
 
 
 def is_packing(node: Node) -> bool:

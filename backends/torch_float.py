@@ -53,13 +53,17 @@ def post_op(node: Node) -> PostOp | None:
     if is_op(node, aten.relu6.default):
         return PostOp("hardtanh", (0.0, 6.0))
     if is_op(node, aten.hardtanh.default):
-        bounds = (argument(node, "min_val"), argument(node, "max_val"))
-        return PostOp("hardtanh", (float(bounds[0]), float(bounds[1])))
+        return _clamp(argument(node, "min_val"), argument(node, "max_val"))
     if is_op(node, aten.clamp.default):
-        low, high = argument(node, "min"), argument(node, "max")
-        if isinstance(low, (int, float)) and isinstance(high, (int, float)):
-            return PostOp("hardtanh", (float(low), float(high)))
+        return _clamp(argument(node, "min"), argument(node, "max"))
     return None
+
+
+def _clamp(low: object, high: object) -> PostOp | None:
+    """None for open or computed bounds, and for crossed ones, which oneDNN refuses."""
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or low > high:
+        return None
+    return PostOp("hardtanh", (float(low), float(high)))
 
 
 # -- convolutions -----------------------------------------------------------------------------
@@ -165,6 +169,8 @@ def _linear_with(low: Lowering, node: Node, post: PostOp) -> Node | None:
     if not low.packs or weight is None or x is None or x.dim() < 2:
         return None
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.dim() != 2:
+        return None
+    if not weight.numel():
         return None
     if rows(low, node_of(node.args[0])) < FEWEST_ROWS:
         return None

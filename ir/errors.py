@@ -140,6 +140,7 @@ _NOT_USER = (
 def source_line(node: Node) -> str | None:
     """Return ``file:line: code`` of the innermost user frame that made a node, or None."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = [f for f in frames if not f["file"].startswith("<eval_with_key>")]  # a traced body
     users = [f for f in frames if not any(part in f["file"] for part in _NOT_USER)] or frames
     if not users:
         return None

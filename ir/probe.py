@@ -108,7 +108,7 @@ def second_reference(program: Program, seed: int = 0, sample: int = 0) -> Refere
 def _any_finite(outputs: tuple[Any, ...]) -> bool:
     """Whether there is anything to compare: a finite number, an integer, or no number at all."""
     floats = [v for v in outputs if isinstance(v, Tensor) and v.is_floating_point() and v.numel()]
-    return not floats or any(bool(v.isfinite().any()) for v in floats)
+    return not floats or any(bool(v.double().isfinite().any()) for v in floats)
 
 
 def sample_inputs_at(
@@ -273,7 +273,10 @@ def _draw(sample: Tensor, shape: tuple[int, ...], generator: torch.Generator) ->
     if sample.is_complex():
         parts = torch.view_as_real(sample)
         drawn = [_draw(parts[..., i], shape, generator) for i in (0, 1)]
-        return torch.complex(drawn[0], drawn[1])
+        real, imaginary = (part.to(parts.dtype) for part in drawn)
+        return torch.complex(real, imaginary)
+    if sample.is_floating_point() and sample.element_size() == 1:
+        sample = sample.float()  # torch neither compares 8-bit floats nor sums them up
     mask = _mask_values(sample)
     if mask is not None:
         return _padded(sample.dtype, shape, mask, generator)
@@ -329,4 +332,4 @@ def _padded(
     rows = tuple(1 if i == axis else n for i, n in enumerate(shape))
     lengths = torch.randint(1, size, rows, generator=generator)
     positions = torch.arange(size).reshape([size if i == axis else 1 for i in range(len(shape))])
-    return mask.masked_fill(positions >= lengths, drop)
+    return torch.where(positions >= lengths, torch.tensor(drop, dtype=dtype), mask)

@@ -379,6 +379,8 @@ def _report(
 
 def _comparable(value: object) -> bool:
     """Whether an output has any number that another one can be held against."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        value = value.double()  # torch does not ask 8-bit floats whether they are finite
     return not isinstance(value, Tensor) or bool(value.isfinite().any())
 
 
