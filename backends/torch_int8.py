@@ -42,7 +42,9 @@ from planish.ir.ops import argument, aten, is_op, node_of
 onednn = torch.ops.onednn
 _LAYERS = (aten.linear.default, aten.conv2d.default)
 _FLOAT32 = (1.0, 0, torch.float32)
-_KNOWN = frozenset({"relu", "gelu", "hardtanh", "hardswish", "swish", "sigmoid", "tanh"})
+# Activations that the integer kernels take in, which are fewer than those of the float kernels.
+_CONV_POST_OPS = frozenset({"relu", "hardtanh", "hardswish", "swish"})
+_LINEAR_POST_OPS = _CONV_POST_OPS | {"gelu", "tanh"}
 
 
 def layer(low: Lowering, node: Node, post: PostOp, out: Grid | None) -> Node | None:
@@ -170,12 +172,20 @@ def _quantize(low: Lowering, node: Node) -> Node:
 def _fused(low: Lowering, made: Node, grid: Grid) -> Node | None:
     if is_op(made, *_LAYERS):
         return layer(low, made, NO_POST_OP, grid)
-    post, before = post_op(made) if made.op == "call_function" else None, None
-    if post is not None and post.name in _KNOWN and isinstance(made.args[0], Node):
-        before = made.args[0]
-    if before is not None and is_op(before, *_LAYERS) and low.alone(before):
-        return layer(low, before, post or NO_POST_OP, grid)
-    return None
+    if made.op != "call_function":
+        return None
+    post = post_op(made)
+    before = _layer_before(low, made, post)
+    return layer(low, before, post, grid) if post is not None and before is not None else None
+
+
+def _layer_before(low: Lowering, activation: Node, post: PostOp | None) -> Node | None:
+    """The layer whose integer kernel can compute this activation too; None where none can."""
+    before = activation.args[0] if activation.args else None
+    if post is None or not is_op(before, *_LAYERS) or not low.alone(before):
+        return None
+    taken = _LINEAR_POST_OPS if is_op(before, aten.linear.default) else _CONV_POST_OPS
+    return before if post.name in taken else None
 
 
 def _on_codes(low: Lowering, made: Node, grid: Grid) -> Node | None:
@@ -200,16 +210,17 @@ def _on_codes(low: Lowering, made: Node, grid: Grid) -> Node | None:
         return None
     source = codes(low, node_of(made.args[0]))
     if is_op(made, aten.pad.default) and argument(made, "mode") == "constant":
-        if not float(argument(made, "value") or 0.0):
+        if argument(made, "value") in (None, 0):
             low.became(made, "constant_pad_nd on integers")
-            return low.call(aten.constant_pad_nd.default, source, list(made.args[1]), grid.zero)  # type: ignore[arg-type] # literal sizes
+            sizes = low.value(argument(made, "pad"))
+            return low.call(aten.constant_pad_nd.default, source, sizes, grid.zero)
     if is_op(made, aten.max_pool2d.default):
         whole = quantized_tensor(low, source, grid)
         low.became(made, "max_pool2d on integers")
-        pooled = low.call(made.target, whole, *low.value(made.args[1:]))
+        pooled = low.call(made.target, whole, *low.value(made.args[1:]), **low.value(made.kwargs))
         return storage(low, pooled, made.meta["val"].dim())
     if is_op(made, aten.reshape.default, aten.view.default, aten.flatten.using_ints):
-        return low.call(made.target, source, *low.value(made.args[1:]))
+        return low.call(made.target, source, *low.value(made.args[1:]), **low.value(made.kwargs))
     return None
 
 
@@ -225,14 +236,10 @@ def _layer(low: Lowering, node: Node) -> Node | None:
 
 def _activation(low: Lowering, node: Node) -> Node | None:
     """An activation of a quantized layer goes into its kernel."""
-    post, before = post_op(node), node.args[0]
-    if post is None or post.name not in _KNOWN or not isinstance(before, Node):
-        return None
-    if is_op(before, *_LAYERS) and low.alone(before):
-        made = layer(low, before, post, None)
-        if made is not None:
-            return made
-    return _plain(low, node)
+    post = post_op(node)
+    before = _layer_before(low, node, post)
+    made = layer(low, before, post, None) if post is not None and before is not None else None
+    return made if made is not None else _plain(low, node)
 
 
 def _plain(low: Lowering, node: Node) -> Node | None:
