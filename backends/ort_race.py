@@ -1,15 +1,15 @@
-"""Time files against each other in ONNX Runtime, in alternation, on one thread."""
+"""Time files against each other in their runtimes, in alternation, on one thread."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from planish.backends.ort_run import Session
+from planish.backends.registry import load_backend, target_names
 
 _WARM_UP = 3
 _FEWEST, _MOST = 8, 200  # rounds
@@ -45,28 +45,34 @@ def race(paths: Sequence[Path], inputs: Sequence[Any], *, seconds: float = 3.0) 
     what a neighbor leaves in the caches.
 
     Args:
-        paths: the files; the first is what the others are compared with.
+        paths: the files, of any target; the first is what the others are compared with.
         inputs: flat inputs, the same for all.
         seconds: about how long to run altogether; at least eight rounds are run.
 
     Raises:
         ExportError: the runtime refuses a file, or it fails on the inputs.
     """
-    sessions = [Session(path, threads=1) for path in paths]
+    runs = [_opened(path) for path in paths]
     start = time.perf_counter()
-    for session in sessions:
+    for run in runs:
         for _ in range(_WARM_UP):
-            session.run(inputs)
+            run(inputs)
     one_round = (time.perf_counter() - start) / _WARM_UP
     rounds = max(_FEWEST, min(_MOST, int(seconds / max(one_round, 1e-6))))
-    times: list[list[float]] = [[] for _ in sessions]
+    times: list[list[float]] = [[] for _ in runs]
     for number in range(rounds):
-        shift = number % len(sessions)
-        for index in (*range(shift, len(sessions)), *range(shift)):
+        shift = number % len(runs)
+        for index in (*range(shift, len(runs)), *range(shift)):
             start = time.perf_counter()
-            sessions[index].run(inputs)
+            runs[index](inputs)
             times[index].append(time.perf_counter() - start)
     return [_speed(times[0], own) for own in times]
+
+
+def _opened(path: Path) -> Callable[[Sequence[Any]], object]:
+    """A file in the runtime that its suffix stands for."""
+    backends = (load_backend(name) for name in target_names())
+    return next(b for b in backends if b.target.suffix == path.suffix).opened(path)
 
 
 def _speed(base: Sequence[float], own: Sequence[float]) -> Speed:

@@ -36,6 +36,8 @@ NAMESPACES = frozenset({"aten", "mkldnn", "onednn", "quantized"})
 RESERVED = frozenset(
     """self torch math Tensor List Dict Tuple Optional Number int float bool str complex
     max min abs sum round None True False""".split()
+    # And what torch itself renames when it writes a file.
+    + "_ aten attribute CONSTANTS fork getattr inf nan infj nanj ops __torch__".split()
 )
 
 _INFIX: Mapping[Any, str] = {

@@ -23,6 +23,7 @@ from planish.ir.errors import ExportError
 from planish.ir.execute import evaluate
 from planish.ir.infer import reason
 from planish.ir.ops import is_pure_call
+from planish.ir.program import Program
 
 _STEPS = 1
 
@@ -74,7 +75,10 @@ def stepwise(lowered: Lowered, probes: Sequence[tuple[str, Sequence[Any]]]) -> S
             if node not in known or not isinstance(known[node], Tensor) or not is_pure_call(node):
                 continue
             env = {n: _reference(n, known, lowered) for n in node.all_input_nodes}
-            step, rel = _compare(node, evaluate(node, env), known[node], label)
+            try:
+                step, rel = _compare(node, evaluate(node, env), known[node], label)
+            except ExportError as error:
+                raise ExportError(error.what, where=node, hint=_advice(lowered.program)) from error
             steps, relative, compared = max(steps, step), max(relative, rel), compared + 1
     return Stepwise(
         probes=tuple(label for label, _ in probes),
@@ -117,3 +121,27 @@ def _compare(node: Node, expected: Tensor, found: Tensor, label: str) -> tuple[i
             f"the kernel differs by {relative:.1e} of the largest ({label})", where=node
         )
     return 0, relative
+
+
+def _advice(program: Program) -> str:
+    from planish.passes.quantize.saturation import saturating_operators
+
+    if saturating_operators(program) and saturates_here():
+        return (
+            "this processor adds pairs of uint8 * int8 in 16 bits: quantize with "
+            "saturation=reduced, or export on one with VNNI for such ones"
+        )
+    return "this is a defect of planish or of torch: report it with the model"
+
+
+def saturates_here() -> bool:
+    """Whether oneDNN's integer kernels add pairs of products in 16 bits on this processor."""
+    size = 64
+    x = torch.full((size, size), 255, dtype=torch.uint8)
+    weight = torch.full((size, size), 127, dtype=torch.int8)
+    ones, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int32)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    product = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return float(product.max()) < 255 * 127 * size
