@@ -1,6 +1,6 @@
 """Quantize and dequantize of any granularity in operators of plain torch.
 
-    per tensor, uint8        quantize_per_tensor, and torch's own dequantize
+    per tensor, uint8        quantize_per_tensor, and torch's own dequantize (TorchScript only)
     anything else            round(x / s) + z, saturated; (q - z) * s
     a constant               its codes stay in the file (4-bit ones two to a byte) and become real
                              numbers when the file is loaded
@@ -44,7 +44,7 @@ def quantize(low: Lowering, node: Node) -> Node:
     """Real numbers as codes."""
     grid, x = grid_of(low, node), low.value(node.args[0])
     source = node_of(node.args[0]).meta["val"]
-    if grid is not None and source.dtype == torch.float32:
+    if grid is not None and source.dtype == torch.float32 and not low.exportable:
         return round_to(low, x, grid, source.dim())
     kind = str(argument(node, "dtype"))
     smallest, largest, held = INTEGERS[kind]
@@ -59,7 +59,7 @@ def quantize(low: Lowering, node: Node) -> Node:
 def dequantize(low: Lowering, node: Node) -> Node:
     """Codes as real numbers; dropped where kernels take the codes themselves."""
     grid = grid_before(low, node)
-    if grid is not None:
+    if grid is not None and not low.exportable:
         return low.call(aten.dequantize.self, quantized_tensor(low, codes(low, node), grid))
     constant = all(low.program.constant(a) is not None for a in node.args[:3])
 
@@ -121,7 +121,7 @@ def _parameter(low: Lowering, node: Node, position: int, call: Call) -> Node:
 
 def _dynamic(low: Lowering, node: Node) -> tuple[Node, Node, Node] | None:
     """uint8 codes by the range of the values, exactly as the operator says."""
-    if argument(node, "dtype") != "uint8" or argument(node, "per_token"):
+    if low.exportable or argument(node, "dtype") != "uint8" or argument(node, "per_token"):
         return _dynamic_formula(low, node)
     x = low.value(node.args[0])
     bounds = low.call(aten.aminmax.default, x)

@@ -75,7 +75,7 @@ def convolution(low: Lowering, node: Node) -> tuple[Any, ...] | None:
     None where the kernel does not take it: other ranks and types, or a computed weight.
     """
     weight, x = low.program.constant(node.args[1]), tensor_of(node.args[0])
-    if not low.packs or weight is None or x is None or not is_op(node, aten.conv2d.default):
+    if low.exportable or weight is None or x is None or not is_op(node, aten.conv2d.default):
         return None
     if x.dim() != 4 or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return None
@@ -166,7 +166,7 @@ def _linear(low: Lowering, node: Node) -> Node | None:
 
 def _linear_with(low: Lowering, node: Node, post: PostOp) -> Node | None:
     weight, x = low.program.constant(node.args[1]), tensor_of(node.args[0])
-    if not low.packs or weight is None or x is None or x.dim() < 2:
+    if low.exportable or weight is None or x is None or x.dim() < 2:
         return None
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.dim() != 2:
         return None

@@ -63,9 +63,6 @@ def layer(low: Lowering, node: Node, post: PostOp, out: Grid | None) -> Node | N
     if not linear and node_of(node.args[0]).meta["val"].dim() != 4:
         low.became(node, None, "torch has integer convolutions of pictures only")
         return None
-    if not low.packs:
-        low.became(node, None, "this format cannot hold weights in a kernel's layout")
-        return None
     result = (out.scale, out.zero, torch.uint8) if out is not None else _FLOAT32
     tail = (*result, post.name, list(post.scalars), post.algorithm)
     made = (_linear if linear else _convolution)(low, node, source, held, tail)
@@ -190,7 +187,7 @@ def _layer_before(low: Lowering, activation: Node, post: PostOp | None) -> Node 
 
 def _on_codes(low: Lowering, made: Node, grid: Grid) -> Node | None:
     """Operators that torch runs on codes."""
-    if is_op(made, aten.add.Tensor) and argument(made, "alpha") == 1:
+    if is_op(made, aten.add.Tensor) and not low.exportable and argument(made, "alpha") == 1:
         first, second = made.args[:2]
         grids = [grid_before(low, a) for a in (first, second)]
         if grids[0] is None or grids[1] is None:
@@ -214,7 +211,7 @@ def _on_codes(low: Lowering, made: Node, grid: Grid) -> Node | None:
             low.became(made, "constant_pad_nd on integers")
             sizes = low.value(argument(made, "pad"))
             return low.call(aten.constant_pad_nd.default, source, sizes, grid.zero)
-    if is_op(made, aten.max_pool2d.default):
+    if is_op(made, aten.max_pool2d.default) and not low.exportable:
         whole = quantized_tensor(low, source, grid)
         low.became(made, "max_pool2d on integers")
         pooled = low.call(made.target, whole, *low.value(made.args[1:]), **low.value(made.kwargs))

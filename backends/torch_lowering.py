@@ -7,7 +7,8 @@ copied. The result is what every file of plain torch is written from: TorchScrip
 AOTInductor packages.
 
 A weight in the layout of a kernel cannot be stored: torch has no format for it. ``Lowering.pack``
-marks the operator that makes it; a writer runs it when the file is loaded, or in every run.
+marks the operator that makes it; TorchScript runs it when the file is loaded, ``.pt2`` in every
+run, and AOTInductor when it compiles.
 """
 
 from __future__ import annotations
@@ -71,14 +72,15 @@ class Lowering:
 
     Attributes:
         program: what is lowered; only read.
-        packs: whether weights may be brought into the layout of a kernel.
+        exportable: whether ``torch.export`` must be able to hold the graph: float layers stay in
+            ATen, and nothing is done to storage or by torch's own quantized tensors.
         graph: what has been made so far.
         constants: of the new graph.
         kernels: node of the program -> the integer kernel it became, or "" and why it did not.
     """
 
     program: Program
-    packs: bool = True
+    exportable: bool = False
     graph: Graph = field(default_factory=Graph)
     constants: dict[str, Constant] = field(default_factory=dict)
     kernels: dict[Node, tuple[str | None, str]] = field(default_factory=dict)
