@@ -108,7 +108,7 @@ def _check_overloads(module: Any, origins: Mapping[int, Node]) -> None:  # noqa:
 
     ``view(x, dtype)`` and ``view(x, size)`` are one to it, for a dtype is a number there.
     """
-    for made in _nodes(module._get_method("forward").graph):
+    for made in nodes_of(module._get_method("forward").graph):
         node = origins.get(_line(made.sourceRange()))
         if node is None or not isinstance(node.target, OpOverload):
             continue
@@ -125,12 +125,12 @@ def _check_overloads(module: Any, origins: Mapping[int, Node]) -> None:  # noqa:
             )
 
 
-def _nodes(block: Any) -> Iterator[Any]:  # noqa: ANN401 - torch._C
+def nodes_of(block: Any) -> Iterator[Any]:  # noqa: ANN401 - torch._C
     """All nodes of a compiled graph, those within branches too."""
     for node in block.nodes():
         yield node
         for inner in node.blocks():
-            yield from _nodes(inner)
+            yield from nodes_of(inner)
 
 
 def _told(message: str) -> str:

@@ -13,11 +13,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from planish.backends.base import RuntimeReport
-from planish.backends.script_module import METADATA, quiet
+from planish.backends.script_module import METADATA, nodes_of, quiet
+from planish.backends.torch_grids import expect_quantized_tensors
 from planish.ir.errors import ExportError, UnsupportedError, UsageError
 from planish.ir.trees import decode
 
-_MOVES_NOTHING = ("prim::", "aten::size", "aten::dim", "aten::eq", "aten::len", "aten::__")
+_READS_ONLY = ("prim::", "aten::size", "aten::dim", "aten::eq", "aten::len", "aten::__")
 
 
 class ScriptSession:
@@ -35,19 +36,19 @@ class ScriptSession:
     def __init__(self, path: Path, *, threads: int | None = None):
         self.path = path
         _check_archive(path)
+        expect_quantized_tensors()
         if threads is not None:
             torch.set_num_threads(threads)
         extra = {METADATA: ""}
         with quiet():
             try:
                 self.module: Any = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
-            except RuntimeError as error:
+            except (RuntimeError, UnicodeDecodeError) as error:  # the latter is its own message
                 raise UnsupportedError(
                     f"torch cannot load {str(path)!r}: {str(error).strip().splitlines()[0]}",
                     hint="export the file again with this version of torch",
                 ) from error
-        text: str | bytes = extra[METADATA]
-        self.metadata: dict[str, Any] | None = json.loads(text) if text else None
+        self.metadata: dict[str, Any] | None = _metadata(path, extra[METADATA])
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -70,26 +71,36 @@ class ScriptSession:
         """Run on flat inputs; flat outputs in order.
 
         Raises:
+            UsageError: there are more or fewer of them than the file takes.
             ExportError: the file fails on them.
         """
+        arguments = self._arguments(inputs)
         with quiet(), torch.inference_mode():
             try:
-                return tuple(pytree.tree_leaves(self.module(*self._arguments(inputs))))
+                return tuple(pytree.tree_leaves(self.module(*arguments)))
             except (RuntimeError, torch.jit.Error) as error:
                 lines = [line for line in str(error).strip().splitlines() if line.strip()]
                 raise ExportError(
-                    f"the file fails on these inputs: {lines[-1]}", where=str(self.path)
+                    f"the file fails on these inputs: {lines[-1] if lines else 'no reason given'}",
+                    where=self.path.name,
+                    hint="pass inputs of the types, sizes and values that the model was made for",
                 ) from error
 
     def _arguments(self, inputs: Sequence[Any]) -> list[Any]:
+        """The arguments of ``forward``, in the structures that it takes."""
+        if len(inputs) != len(self.input_names):
+            raise UsageError(
+                f"{self.path.name} takes {len(self.input_names)} inputs, got {len(inputs)}",
+                hint="in this order: " + ", ".join(self.input_names),
+            )
         if self.metadata is None:
             return list(inputs)
         return [_filled(tree, inputs) for tree in self.metadata["call"]["args"]]
 
     def operators(self) -> dict[str, int]:
-        """Operator -> count, without what only reads sizes."""
-        names = (node.kind() for node in self.module.inlined_graph.nodes())
-        return dict(sorted(Counter(n for n in names if not n.startswith(_MOVES_NOTHING)).items()))
+        """Operator -> count, those within branches too, without what only reads sizes."""
+        names = (node.kind() for node in nodes_of(self.module.inlined_graph))
+        return dict(sorted(Counter(n for n in names if not n.startswith(_READS_ONLY)).items()))
 
     def report(self) -> RuntimeReport:
         """What runs the file."""
@@ -101,7 +112,13 @@ class ScriptSession:
 
 
 def _filled(tree: Any, inputs: Sequence[Any]) -> Any:  # noqa: ANN401 - the caller's structure
-    """Flat inputs in the structure of one argument."""
+    """Flat inputs in the structure of one argument.
+
+    Args:
+        tree: a position in ``inputs``; None; ``{"value": a constant}``; or ``{"tuple": trees}``,
+            ``{"list": trees}``, ``{"dict": {key: tree}}``.
+        inputs: flat.
+    """
     if tree is None:
         return None
     if isinstance(tree, int):
@@ -115,6 +132,27 @@ def _filled(tree: Any, inputs: Sequence[Any]) -> Any:  # noqa: ANN401 - the call
     return tuple(parts) if kind == "tuple" else parts
 
 
+def _metadata(path: Path, text: str | bytes) -> dict[str, Any] | None:
+    """What planish wrote into the file; None for a file of somebody else.
+
+    Raises:
+        UnsupportedError: it is damaged.
+    """
+    if not text:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(text)
+        assert found["call"]["args"] is not None
+        assert all(isinstance(i["name"], str) for i in found["inputs"])
+        assert isinstance(found["outputs"], list)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UnsupportedError(
+            f"{METADATA} in {str(path)!r} is damaged",
+            hint="export the file again, or load it with torch.jit.load, which does not read that",
+        ) from error
+    return found
+
+
 def _check_archive(path: Path) -> None:
     """Look for TorchScript's code in the archive, before torch opens it."""
     if not path.is_file():
@@ -122,6 +160,8 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+    except OSError as error:
+        raise UsageError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
     except zipfile.BadZipFile:
         names = []
     if not any("/code/" in name for name in names):

@@ -124,8 +124,23 @@ class TorchBackend(Backend):
         return tuple(np.asarray(o) for o in outputs if o is not None)
 
     def opened(self, path: str | Path) -> Callable[[Sequence[Tensor]], object]:
-        """A file loaded on one thread: torch's only setting is that of the process."""
-        return self._open(Path(path), threads=1).run
+        """A file loaded, to be run on one thread.
+
+        torch's only setting is that of the process, so each run sets it and sets it back.
+        """
+        session = self._open(Path(path))
+
+        def run_on_one(inputs: Sequence[Tensor]) -> object:
+            before = torch.get_num_threads()
+            if before == 1:
+                return session.run(inputs)
+            torch.set_num_threads(1)
+            try:
+                return session.run(inputs)
+            finally:
+                torch.set_num_threads(before)
+
+        return run_on_one
 
     def read_back(self, path: str | Path) -> RuntimeReport:
         """Load a file and count its operators."""

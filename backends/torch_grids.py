@@ -8,7 +8,9 @@ round (``int_repr`` copies ten times slower than it rounds, so its storage is ta
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -88,6 +90,18 @@ def quantized_tensor(low: Lowering, plain: Node, grid: Grid) -> Node:
     return made
 
 
+@cache
+def expect_quantized_tensors() -> None:
+    """Have torch say now, unheard, that its quantized tensors are deprecated.
+
+    It says so once in a process, from C++ straight to stderr, where no filter reaches; unless it is
+    a call from Python, as here, that makes it say it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+
+
 def sizes_of(x: Tensor) -> list[int]:
     """All sizes of a tensor, as a list: TorchScript's ``x.size()``."""
     return list(x.shape)
@@ -144,7 +158,7 @@ def float_bias(low: Lowering, node: object) -> Node | None:
         if held is not None and scale is not None and zero is not None:
             name = str(node_of(node.args[0]).target)
             real = low.cached(("bias", node), lambda: _real(held, scale, zero, node))
-            return low.constant(f"{name}.real", real)
+            return low.constant(f"{name}_real", real)
     made: Node = low.value(node)
     return made
 

@@ -17,6 +17,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from planish.backends.base import Stepwise
+from planish.backends.torch_grids import expect_quantized_tensors
 from planish.backends.torch_lowering import Lowered
 from planish.ir.compare import BOUNDS, SMALLEST_SCALE
 from planish.ir.errors import ExportError
@@ -34,6 +35,7 @@ def run_lowered(lowered: Lowered, inputs: Sequence[Any]) -> dict[Node, Any]:
     Raises:
         ExportError: a kernel fails on its operands; names the operator.
     """
+    expect_quantized_tensors()
     rest, values = iter(inputs), {}
     with torch.no_grad():
         for node in lowered.graph.nodes:
