@@ -19,50 +19,11 @@ from planish.backends.script_run import ScriptSession
 from planish.ir.errors import ExportError, UnsupportedError
 from planish.tools.candidates import make_inputs, open_candidate
 from tests.support.real_models import inputs, loaded
-
-_CHILD = """
-import sys
-sys.modules["planish"] = None  # importing it raises
-import torch
-module = torch.jit.load(sys.argv[1])
-args, kwargs = torch.load(sys.argv[2], weights_only=True)
-out = module(*args, **kwargs)
-torch.save(list(torch.utils._pytree.tree_leaves(out)), sys.argv[3])
-"""
-
-
-def _in_child(path: Path, args: Any, kwargs: Any) -> list[Tensor]:
-    """Outputs of a file in a process that cannot import planish."""
-    given, made = path.with_suffix(".in"), path.with_suffix(".out")
-    torch.save((tuple(args), dict(kwargs)), given)
-    command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(path), str(given), str(made)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    result: list[Tensor] = torch.load(made, weights_only=True)
-    return result
+from tests.support.script_files import answers_of
 
 
 def _far(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
-
-
-@pytest.mark.parametrize("model_id", ["minilm", "efficientnet-lite0"])
-def test_a_real_model_runs_without_planish(model_id: str, tmp_path: Path) -> None:
-    description, model = loaded(model_id)
-    result = planish.optimize(
-        model, inputs(model_id), dynamic_shapes=description.dynamic_shapes, target="torchscript"
-    )
-    artifact = result.export(tmp_path / "model.pt")
-    assert artifact.comparison is not None
-    assert len(artifact.comparison.probes) == 2  # the samples and other sizes
-    assert not [name for name in artifact.operators if name.startswith("planish")]
-    assert [name for name in artifact.operators if name.startswith("mkldnn::")]
-    for size in (0, 1):
-        args, kwargs = inputs(model_id, size)
-        with torch.no_grad():
-            expected = pytree.tree_leaves(model(*args, **kwargs))
-        found = _in_child(artifact.path, args, kwargs)
-        pairs = zip(found, [t for t in expected if t is not None], strict=False)
-        assert all(_far(a, b) < 1e-4 for a, b in pairs)
 
 
 def test_quantized_layers_become_integer_kernels(tmp_path: Path) -> None:
@@ -82,7 +43,7 @@ def test_quantized_layers_become_integer_kernels(tmp_path: Path) -> None:
     assert artifact.comparison.stepwise.max_steps <= 1
     args, kwargs = inputs("minilm")
     here = pytree.tree_leaves(result.model(*args, **kwargs))
-    there = _in_child(artifact.path, args, kwargs)
+    (there,) = answers_of(artifact.path, [(args, kwargs)])
     assert all(_far(a, b) < 0.12 for a, b in zip(there, here, strict=True))
 
 
