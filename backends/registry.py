@@ -12,6 +12,7 @@ BACKENDS: dict[str, str] = {
     "onnx": "planish.backends.onnx_export:PortableOnnx",
     "onnxruntime-cpu": "planish.backends.ort_export:OnnxRuntimeCpu",
     "torchscript": "planish.backends.script_export:TorchScript",
+    "torch-export": "planish.backends.pt2_export:TorchExport",
 }
 
 

@@ -82,7 +82,7 @@ def _codes(low: Lowering, node: Node, call: Call) -> Node:
     if held is None or kind not in _HALVES:
         made: Node = low.value(node.args[0])
         return made
-    name = f"{node_of(node.args[0]).target}.nibbles"
+    name = f"{node_of(node.args[0]).target}_nibbles"
     halves = low.constant(name, low.cached(("nibbles", name), lambda: _nibbles(held)))
     pair = [
         call(aten.bitwise_and.Scalar, halves, 15),

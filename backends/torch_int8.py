@@ -36,6 +36,7 @@ from planish.backends.torch_grids import (
     storage,
     weight_of,
 )
+from planish.backends.torch_int_mm import integer_product
 from planish.backends.torch_lowering import Lowering, Table, Translation
 from planish.ir.ops import argument, aten, is_op, node_of
 
@@ -60,11 +61,18 @@ def layer(low: Lowering, node: Node, post: PostOp, out: Grid | None) -> Node | N
         low.became(node, None, reason or "oneDNN takes uint8 activations on one scale only")
         return None
     linear = is_op(node, aten.linear.default)
+    if linear and low.exportable:
+        if post is not NO_POST_OP or out is not None:
+            return None  # each is an operator of its own there
+        low.became(node, "aten::_int_mm")
+        return integer_product(low, node, source, held)
     if not linear and node_of(node.args[0]).meta["val"].dim() != 4:
         low.became(node, None, "torch has integer convolutions of pictures only")
         return None
     result = (out.scale, out.zero, torch.uint8) if out is not None else _FLOAT32
-    tail = (*result, post.name, list(post.scalars), post.algorithm)
+    # torch's serializer refuses an empty list here; a kernel without scalars reads none of them.
+    scalars = list(post.scalars) or ([0.0] if low.exportable else [])
+    tail = (*result, post.name, scalars, post.algorithm)
     made = (_linear if linear else _convolution)(low, node, source, held, tail)
     if made is not None:
         name = str(made.target).removesuffix(".default").replace(".", "::", 1)
@@ -95,7 +103,7 @@ def _scales(low: Lowering, node: Node, weight: Weight) -> tuple[Node, Node]:
     zero = low.cached(
         ("zero", node.args[1]), lambda: torch.zeros(len(weight.scale), dtype=torch.int32)
     )
-    return low.constant(f"{name}.scale", scale), low.constant(f"{name}.zero_point", zero)
+    return low.constant(f"{name}_scale", scale), low.constant(f"{name}_zero_point", zero)
 
 
 def _linear(
@@ -128,7 +136,8 @@ def _convolution(
         (source[1], source[2], tuple(map(tuple, pairs)), groups),
         onednn.qconv_prepack.default,
         low.value(weight.codes),
-        scale,
+        # One scale will do: the layout does not depend on them, and each is read one by one.
+        low.constant("one_scale", low.cached(("one scale",), lambda: torch.ones(1))),
         source[1],
         source[2],
         *pairs,

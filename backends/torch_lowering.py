@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ class Lowered:
     constants: Mapping[str, Constant]
     kernels: tuple[KernelUse, ...] = ()
     origins: Mapping[Node, Any] = field(default_factory=dict)
+
+    @cached_property
+    def types(self) -> dict[Node, Any]:
+        """The types of the nodes that stand for one of the program, as that one has them."""
+        return {
+            made: node.meta["val"]
+            for node, made in self.origins.items()
+            if isinstance(made, Node) and made.op != "get_attr" and "val" in node.meta
+        }
 
     @property
     def packed(self) -> list[Node]:
