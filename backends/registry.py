@@ -13,6 +13,7 @@ BACKENDS: dict[str, str] = {
     "onnxruntime-cpu": "planish.backends.ort_export:OnnxRuntimeCpu",
     "torchscript": "planish.backends.script_export:TorchScript",
     "torch-export": "planish.backends.pt2_export:TorchExport",
+    "aotinductor": "planish.backends.aoti_export:AotInductor",
 }
 
 

@@ -145,8 +145,10 @@ def _convolution(
         None,
     )
     picture = low.call(aten.contiguous.default, source[0], memory_format=torch.channels_last)
+    # One kernel by two names; torch's compiler knows the first, and older files hold the second.
+    kernel = onednn.qconv_pointwise if low.exportable else onednn.qconv2d_pointwise
     return low.call(
-        onednn.qconv2d_pointwise.default,
+        kernel.default,
         picture,
         source[1],
         source[2],

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from planish.sparse_cuda import SparseModule
 
 # suffix -> targets that write it, the preferred one first
-_SUFFIXES = {".onnx": ("onnxruntime-cpu", "onnx"), ".pt": ("torchscript",)}
+_SUFFIXES = {
+    ".onnx": ("onnxruntime-cpu", "onnx"),
+    ".pt": ("torchscript",),
+    ".pt2": ("torch-export", "aotinductor"),
+}
 
 
 class Optimized:
