@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,6 +79,13 @@ class ExportedSession:
         """Operator -> count, in branches too."""
         return dict(sorted(Counter(_names(self.exported.graph_module)).items()))
 
+    def described(self) -> dict[str, Any]:
+        """Its inputs and outputs, as the metadata of planish's own files has them."""
+        from planish.backends.torch_backend import description
+        from planish.ir.capture import from_exported
+
+        return description(from_exported(self.exported))
+
     def report(self) -> RuntimeReport:
         """What runs the file."""
         return RuntimeReport(
@@ -98,6 +106,15 @@ def checked(path: Path) -> ExportedProgram:
     from planish.ir.files import load
 
     return to_exported_program(load(path))
+
+
+def is_exported(path: Path) -> bool:
+    """Whether ``torch.export.save`` wrote a file; it is not loaded to find out."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(n.split("/", 1)[-1].startswith("models/") for n in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def file_metadata(path: Path) -> dict[str, Any] | None:

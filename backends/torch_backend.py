@@ -261,6 +261,12 @@ def _check_operators(operators: dict[str, int]) -> None:
 
 def metadata(program: Program, facts: Mapping[str, str], **more: Any) -> str:  # noqa: ANN401
     """What the file says of itself; equal for equal programs and recipes."""
+    own = {key.removeprefix("planish."): text for key, text in facts.items()}
+    return json.dumps({**own, **description(program), **more}, sort_keys=True)
+
+
+def description(program: Program) -> dict[str, Any]:
+    """A program's flat inputs (name, dtype, sizes) and the names of its computed outputs."""
     signature = program.signature
     inputs = []
     for node, name in zip(program.placeholders, signature.tensor_names, strict=True):
@@ -269,12 +275,4 @@ def metadata(program: Program, facts: Mapping[str, str], **more: Any) -> str:  #
         shape = [dim_text(d, signature.symbols) for d in value.shape] if tensor else []
         dtype = str(value.dtype).removeprefix("torch.") if tensor else type(value).__name__
         inputs.append({"name": name, "dtype": dtype, "shape": shape})
-    return json.dumps(
-        {
-            **{key.removeprefix("planish."): text for key, text in facts.items()},
-            "inputs": inputs,
-            "outputs": list(output_names(program)),
-            **more,
-        },
-        sort_keys=True,
-    )
+    return {"inputs": inputs, "outputs": list(output_names(program))}

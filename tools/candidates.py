@@ -31,7 +31,7 @@ class Candidate:
 
     Attributes:
         name: for tables.
-        slots: its inputs.
+        slots: its inputs; none for a file that does not say and takes what the others take.
         run: inputs by name -> outputs by name.
         load_ms: how long it took to load.
         bytes: size of its files; None for a model.
@@ -46,18 +46,29 @@ class Candidate:
     samples: tuple[Values, ...] = field(default=())
 
 
-def open_candidate(spec: str, *, threads: int = 1) -> Candidate:
-    """Open an ``.onnx`` file, a TorchScript ``.pt`` file or a ``MODEL``.
+def open_candidate(spec: str, *, threads: int = 1, trust_code: bool = False) -> Candidate:
+    """Open an ``.onnx``, ``.pt`` or ``.pt2`` file or a ``MODEL``.
+
+    Args:
+        spec: what to open.
+        threads: within an operator.
+        trust_code: whether machine code in a file may be run.
 
     Raises:
         UsageError: there is no such file or model.
         UnsupportedError: the file cannot be run here.
     """
+    from planish.tools.torch_candidates import open_pt2, open_script
+
     path = Path(spec)
     if path.suffix == ".onnx":
         return _open_onnx(path, threads)
     if path.suffix == ".pt":
-        return _open_script(path, threads)
+        return open_script(path, threads)
+    if path.suffix == ".pt2" and path.is_file():
+        opened = open_pt2(path, threads, trust_code=trust_code)
+        if opened is not None:
+            return opened
     return _open_model(spec)
 
 
@@ -92,29 +103,6 @@ def _open_onnx(path: Path, threads: int) -> Candidate:
 
     size = sum(f.stat().st_size for f in path.parent.glob(path.name + "*") if f.is_file())
     return Candidate(str(path), slots, run, load_ms, size)
-
-
-def _open_script(path: Path, threads: int) -> Candidate:
-    from planish.backends.script_run import ScriptSession
-
-    start = time.perf_counter()
-    session = ScriptSession(path, threads=threads)
-    load_ms = 1e3 * (time.perf_counter() - start)
-    if session.metadata is None:
-        raise UnsupportedError(
-            f"{str(path)!r} does not say what its inputs look like",
-            hint="only TorchScript files that planish wrote can be compared",
-        )
-    slots = tuple(
-        Slot(i["name"], np.dtype(i["dtype"]), tuple(i["shape"])) for i in session.metadata["inputs"]
-    )
-
-    def run(values: Values) -> Values:
-        outputs = session.run([torch.from_numpy(values[slot.name]) for slot in slots])
-        tensors = [o for o in outputs if isinstance(o, torch.Tensor)]
-        return {n: t.numpy() for n, t in zip(session.output_names, tensors, strict=False)}
-
-    return Candidate(str(path), slots, run, load_ms, path.stat().st_size)
 
 
 def _dim(value: object, name: str, axis: int) -> int | str:
@@ -205,7 +193,13 @@ def make_inputs(
                 hint="there are: " + (", ".join(sorted(known)) or "none, all sizes are fixed"),
             )
     generator = np.random.default_rng(seed)
-    reference = candidates[0]
+    described = [candidate for candidate in candidates if candidate.slots]
+    if not described:
+        raise UsageError(
+            f"{candidates[0].name} does not say what its inputs look like",
+            hint="give the model or another artifact of it beside the file",
+        )
+    reference = described[0]
     _check_names(candidates, {slot.name for slot in reference.slots})
     named = {
         (slot.name, axis): sizes[dim]

@@ -8,7 +8,7 @@ import click
 import torch
 
 from planish.tools.console import print_json, stages, stdout
-from planish.tools.options import common
+from planish.tools.options import common, trust_code_option
 
 if TYPE_CHECKING:
     from planish.ir.compare import Fidelity
@@ -42,6 +42,7 @@ size_option = click.option(
 @size_option
 @click.option("--min-sqnr", type=float, help="Fail below this SQNR in dB.")
 @click.option("--max-abs", type=float, help="Fail above this absolute difference.")
+@trust_code_option
 @common
 def compare(
     reference: str,
@@ -49,14 +50,15 @@ def compare(
     sizes: tuple[str, ...],
     min_sqnr: float | None,
     max_abs: float | None,
+    trust_code: bool,
     seed: int,
     as_json: bool,
     quiet: bool,
 ) -> int:
     """Run A and B on the same inputs and compare every output.
 
-    A and B are .onnx files or anything that MODEL may be. Without a threshold the exit code is 3
-    unless all outputs are equal within the bound of their type (1e-4 for float32).
+    A and B are .onnx, .pt or .pt2 files or anything that MODEL may be. Without a threshold the
+    exit code is 3 unless all outputs are equal within the bound of their type (1e-4 for float32).
 
     \b
     Examples:
@@ -70,7 +72,7 @@ def compare(
 
     with stages(quiet=quiet) as stage:
         stage("opening")
-        pair = [open_candidate(spec) for spec in (reference, other)]
+        pair = [open_candidate(spec, trust_code=trust_code) for spec in (reference, other)]
         inputs = make_inputs(pair, parse_sizes(sizes), seed=seed)
         stage("running")
         expected, actual = (candidate.run(inputs) for candidate in pair)

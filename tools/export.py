@@ -1,4 +1,4 @@
-"""``planish export``: a model as a file, ONNX or TorchScript."""
+"""``planish export``: a model as a file: ONNX, TorchScript, or what torch.export writes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import click
 
 from planish.tools.console import print_json, stages, stdout
 from planish.tools.options import (
+    WRITTEN,
     check_output,
     check_target,
     common,
     model_argument,
     opset_option,
     optimize_loaded,
+    target_for,
     target_option,
     verify_option,
 )
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument
-@click.option("-o", "--output", required=True, help="The file to write, *.onnx or *.pt.")
+@click.option("-o", "--output", required=True, help="The file to write, *.onnx, *.pt, *.pt2.")
 @opset_option
 @target_option
 @click.option(
@@ -48,7 +50,10 @@ def export(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Export MODEL to a verified file: ONNX of standard operators, or TorchScript (*.pt).
+    """Export MODEL to a verified file: ONNX of standard operators, or one for plain torch.
+
+    *.pt is TorchScript; *.pt2 is what torch.export.save writes or, with --target aotinductor, a
+    package of machine code for this kind of processor.
 
     The file's outputs are compared with the model's on the example inputs and on a second set of
     sizes before the file is moved into place.
@@ -58,14 +63,15 @@ def export(
       planish export ./minilm -o minilm.onnx
       planish export my_package.models:build -o model.onnx --opset 20
       planish export ./minilm -o minilm.pt
+      planish export ./minilm -o minilm.pt2 --target aotinductor
       planish export model.pt2 -o model.onnx --target onnxruntime-cpu --recipe none
     """
     from planish.passes.recipe import resolve
     from planish.tools.loading import load_model
 
-    out = check_output(output, (".onnx", ".pt"))
+    out = check_output(output, WRITTEN)
     watching.check(resolve(recipe))  # a mistyped recipe is told before the model is loaded
-    target = check_target(target or ("torchscript" if out.suffix == ".pt" else "onnx"), opset)
+    target = check_target(target_for(target, out.suffix, "onnx"), opset)
     progress = stages(quiet=quiet or watching.prints)
     with watching.shown(as_json=as_json), progress as stage:
         stage("loading")

@@ -9,6 +9,7 @@ import click
 from planish.tools.console import print_json, print_parts, stages, stdout
 from planish.tools.options import (
     CALIBRATION_BATCH,
+    WRITTEN,
     calibration_option,
     check_output,
     check_target,
@@ -16,6 +17,7 @@ from planish.tools.options import (
     model_argument,
     opset_option,
     optimize_loaded,
+    target_for,
     target_option,
     verify_option,
 )
@@ -25,7 +27,7 @@ from planish.tools.watching import watching as watching_options
 
 @click.command()
 @model_argument
-@click.option("-o", "--output", default=None, help="The artifact to write, *.onnx or *.pt.")
+@click.option("-o", "--output", default=None, help="The artifact to write, *.onnx, *.pt, *.pt2.")
 @click.option(
     "--recipe",
     default="exact",
@@ -93,13 +95,12 @@ def optimize(
     from planish.tools.report import check_report_path, report_text
     from planish.tools.writing import write_text
 
-    out = check_output(output, (".onnx", ".pt")) if output is not None else None
+    out = check_output(output, WRITTEN) if output is not None else None
     if report is not None:
         check_report_path(str(report))
     watching.check(resolve(recipe))  # a mistyped recipe is told before the model is loaded
     written = out.suffix if out is not None else ""
-    default = "torchscript" if written == ".pt" else "onnxruntime-cpu"
-    target = check_target(target or default, opset)
+    target = check_target(target_for(target, written, "onnxruntime-cpu"), opset)
     progress = stages(quiet=quiet or watching.prints)
     with watching.shown(as_json=as_json), progress as stage:
         stage("loading")

@@ -105,6 +105,40 @@ def optimize_loaded(
     )
 
 
+WRITTEN = (".onnx", ".pt", ".pt2")  # suffixes of artifacts
+_BY_SUFFIX = {".pt": "torchscript", ".pt2": "torch-export"}
+
+trust_code_option = click.option(
+    "--trust-code",
+    is_flag=True,
+    help="Run the machine code that packages of AOTInductor hold.",
+)
+
+
+def target_for(target: str | None, suffix: str, onnx: str) -> str:
+    """The target asked for, or the one that a suffix stands for.
+
+    Args:
+        target: as the user gave it.
+        suffix: of the file to write; empty where none is.
+        onnx: which of the two to take for ``.onnx``, or for no file.
+
+    Raises:
+        UsageError: the target's files have another suffix.
+    """
+    from planish.backends.registry import load_target
+
+    if target is None:
+        return _BY_SUFFIX.get(suffix, onnx)
+    wanted = load_target(target).suffix
+    if suffix and wanted != suffix:
+        raise UsageError(
+            f"target {target!r} writes {wanted} files, and the output is *{suffix}",
+            hint=f"name the output *{wanted}, or leave --target out",
+        )
+    return target
+
+
 def check_target(target: str, opset: int | None) -> str:
     """Refuse an unknown target or opset before any long work is done.
 
