@@ -102,7 +102,8 @@ def structure(
     if spec.is_leaf():
         kind, tree = kinds.pop(0)
         return Shown(kind, lambda texts: texts[0], lambda whole: [whole], tree)
-    children = [structure(c, kinds, types, remark, what) for c in spec.children()]
+    part = what if what.startswith("a part of ") else f"a part of {what}"
+    children = [structure(c, kinds, types, remark, part) for c in spec.children()]
     same = {child.type for child in children}
     if spec.type is list and len(same) == 1 and children:
         return _list(children)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from planish.backends.base import Target
 from planish.backends.torch_backend import TorchBackend, Writing, metadata
@@ -31,8 +31,9 @@ class TorchScript(TorchBackend):
 
         program = what.lowered.program
         source = source_of(what.lowered, what.remark)
-        module = compile_module(source)
-        _tell_renamed(program, [a.name for a in module.forward.schema.arguments[1:]], what.remark)
+        module: Any = compile_module(source)
+        names = [a.name for a in module.forward.schema.arguments[1:]]
+        _tell_renamed(program, names, what.remark)
         write_module(module, path, metadata(program, what.facts, call=source.call))
 
     def _open(self, path: Path, *, own: bool = False, threads: int | None = None) -> ScriptSession:

@@ -72,12 +72,21 @@ def compile_module(source: Source) -> torch.jit.ScriptModule:
 
 
 def _holder(name: str, unit: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - torch._C
-    """A module that holds tensors and has no methods yet."""
-    module = torch._C.ScriptModule(f"__torch__.planish_file.{name}", unit, False)
+    """A module that holds tensors as plain attributes, as a frozen one does; without methods."""
+    make: Any = torch._C.ScriptModule
+    module = make(f"__torch__.planish_file.{name}", unit, False)
     module._register_attribute("training", torch._C.BoolType.get(), False)
     for key, tensor in tensors.items():
-        module._register_attribute(key, torch._C.TensorType.get(), tensor.detach())
+        module._register_attribute(key, torch._C.TensorType.get(), _own(tensor.detach()))
     return module
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor without the rest of the memory that it is a view of: torch would store all of it."""
+    if tensor.layout != torch.strided:
+        return tensor
+    needed = tensor.numel() * tensor.element_size()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > needed else tensor
 
 
 def _define(

@@ -228,7 +228,7 @@ def _probes(
     remark(
         f"{op_name(drawn[0].target)} draws from torch's generator in every call, as the model does"
     )
-    probes = []
+    probes: list[tuple[str, Sequence[Any], Sequence[Any]]] = []
     for label, inputs, _ in probes_of(program, remark):
         with seeded():
             probes.append((label, inputs, run(program, inputs)))

@@ -70,7 +70,7 @@ def test_other_inputs_than_the_file_takes(path: Path) -> None:
         session.run([torch.ones(16, 9)])
     assert caught.value.hint
     with pytest.raises(ExportError, match="fails on these inputs"):
-        session.run([3])  # type: ignore[list-item] # on purpose
+        session.run([3])
 
 
 def test_timing_leaves_the_threads_of_the_process_alone(path: Path) -> None:

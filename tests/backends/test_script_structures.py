@@ -91,7 +91,7 @@ def test_equal_programs_give_equal_files_within_one_process(tmp_path: Path) -> N
     assert contents[0] == contents[1] == contents[2]
 
 
-INPUTS = {
+INPUTS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lists": (lambda self, xs: xs[0] + xs[1][0]["a"], ([X, ({"a": X}, X)],)),
     "odd keys": (lambda self, d: d["a b"] + d['it\'s "q"'], ({"a b": X, 'it\'s "q"': X},)),
     "numbers as keys": (lambda self, d: d[0] + d[1], ({0: X, 1: X},)),
@@ -227,3 +227,24 @@ def test_calls_of_other_sizes_from_many_threads(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not bad
+
+
+def test_a_view_is_stored_without_what_it_is_a_view_of(tmp_path: Path) -> None:
+    table = torch.randn(1000, 1000)
+    model = module(
+        lambda self, x: x + self.few.sum() + self.wide[:3, :4],
+        few=table[:2, :2],
+        wide=torch.zeros(1, 1).expand(3, 4),
+    )
+    agrees(model, tmp_path / "model.pt", (X,))
+    assert (tmp_path / "model.pt").stat().st_size < 50_000
+
+
+def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
+    table = nn.Embedding(5000, 16)
+    model = module(
+        lambda self, i: nn.functional.linear(self.table(i), self.table.weight), table=table
+    )
+    path = tmp_path / "a name with é.v1.pt"
+    agrees(model, path, (torch.arange(32).reshape(2, 16),))
+    assert path.stat().st_size < 1.2 * 4 * table.weight.numel()
