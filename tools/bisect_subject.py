@@ -45,11 +45,21 @@ class Subject:
 
     def context(self) -> PassContext:
         """A fresh context, for one run."""
+        import torch
+
+        from planish.backends.timer import TargetTimer
         from planish.passes.base import PassContext
 
         sites = replace(self.sites, denied=set())
         shared, held_out = self.batches.split() if self.batches is not None else (None, None)
-        return PassContext(target=self.target, calibration=shared, held_out=held_out, sites=sites)
+        return PassContext(
+            target=self.target,
+            calibration=shared,
+            held_out=held_out,
+            generator=torch.Generator().manual_seed(self.recipe.seed),
+            sites=sites,
+            timer=TargetTimer(self.target),
+        )
 
 
 @dataclass(frozen=True)

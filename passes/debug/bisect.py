@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from planish.ir.errors import PassError, UsageError, VerificationError
 from planish.ir.program import Program
 from planish.passes.base import PassContext
@@ -21,6 +23,7 @@ from planish.passes.debug.bisect_runs import Attempt, State
 from planish.passes.debug.bisect_search import search
 from planish.passes.debug.bisect_site import Culprit, site_level
 from planish.passes.debug.bisect_task import Task
+from planish.passes.debug.target_timer import target_timer
 from planish.passes.recipe import Recipe
 
 __all__ = ["Bisection", "Evaluation", "bisect"]
@@ -56,7 +59,7 @@ def bisect(
         RequirementError: a pass needs something that the context lacks.
         PlanishError: what the predicate itself raises: the original cannot be exported.
     """
-    make = context_factory or (lambda: PassContext(target=recipe.target or "onnx"))
+    make = context_factory or (lambda: _context(recipe))
     task = Task(
         program,
         recipe,
@@ -69,6 +72,12 @@ def bisect(
         disabled=tuple(disabled),
     )
     return _Bisector(task).go()
+
+
+def _context(recipe: Recipe) -> PassContext:
+    target = recipe.target or "onnx"
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return PassContext(target=target, generator=generator, timer=target_timer(target))
 
 
 class _Bisector:

@@ -17,6 +17,7 @@ from planish.passes.base import PassContext
 from planish.passes.checking import CompareEach, run_seeded
 from planish.passes.debug.bundle_facts import machine, versions
 from planish.passes.debug.bundle_failure import name_step
+from planish.passes.debug.target_timer import target_timer
 from planish.passes.steps import Instrument, Step
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def replay(
             loss=loss,
             generator=torch.Generator().manual_seed(recipe.seed),
             sites=_sites(bundle),
+            timer=target_timer(recipe.target or "onnx"),
         )
         try:
             run_pipeline(subject, recipe, context, instruments)

@@ -21,6 +21,7 @@ from planish.passes.base import PassContext, PassResult
 from planish.passes.debug.bundle import Bundle
 from planish.passes.debug.reduce_steps import only_sample
 from planish.passes.debug.reduce_values import Recorded
+from planish.passes.debug.target_timer import target_timer
 from planish.passes.pipeline import run_pipeline
 from planish.passes.steps import Instrument, Step
 
@@ -64,6 +65,7 @@ def _rewritten(bundle: Bundle) -> tuple[Program, tuple[Change, ...]] | None:
         target=recipe.target or "onnx",
         generator=torch.Generator().manual_seed(recipe.seed),
         sites=SiteCounter(sites.limit, sites.count, frozenset(sites.excluded)),
+        timer=target_timer(recipe.target or "onnx"),
     )
     try:
         run_pipeline(bundle.program, replace(recipe, passes=recipe.passes[:1]), context, [kept])

@@ -10,16 +10,22 @@ import pytest
 import torch
 from torch import nn
 
+from planish.backends.timer import TargetTimer
+from planish.ir.capture import capture
+from planish.ir.changes import SiteCounter
 from planish.ir.errors import UsageError
 from planish.ir.files import load
-from planish.passes.base import PassContext
+from planish.passes.base import PassContext, PassResult
 from planish.passes.debug.bisect import bisect
 from planish.passes.debug.bisect_search import budget
 from planish.passes.debug.predicates import KeepsContract, MinSqnr, Predicate
 from planish.passes.debug.reproduce import Reproduce
+from planish.passes.factorize.factorize import Factorize
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
+from planish.passes.steps import Instrument, Step
 from planish.tools.bench.faults import Planted
+from planish.tools.bisect_subject import Subject
 from planish.tools.predicates import Metric, SlowerThan, read_limit
 from tests.passes.debug.damaging import Damage, chain, least, sound
 from tests.support.command import Call
@@ -279,6 +285,53 @@ def test_limits(text: str, limit: tuple[float, bool]) -> None:
 def test_limits_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):
         read_limit(text)
+
+
+def linears() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    """A model with a weight that a clock may look at."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    return net.eval(), (torch.randn(4, 64),)
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnxruntime-cpu"])
+def test_passes_that_measure_have_a_clock(planish_: Call, target: str) -> None:
+    code, out, err = planish_(
+        "bisect",
+        f"{__name__}:linears",
+        "--recipe",
+        "factorize{method=svd,rule=latency}",
+        "--target",
+        target,
+        "--crash",
+        "--quiet",
+    )
+    assert (code, err) == (1, "")
+    assert "nothing is bad" in out
+
+
+class Strict(Instrument):
+    """Fails after every pass."""
+
+    def after_pass(self, step: Step, result: PassResult) -> None:
+        raise LookupError("not allowed here")
+
+
+def test_a_bundle_of_a_pass_that_measures_can_be_bisected(planish_: Call, tmp_path: Path) -> None:
+    recipe = Recipe((Factorize(method="svd", rule="latency"),), target="onnx")
+    context = PassContext(timer=TargetTimer("onnx"))
+    with pytest.raises(LookupError):
+        run_pipeline(capture(*linears()), recipe, context, (Reproduce(tmp_path), Strict()))
+    (folder,) = tmp_path.glob("planish-repro-*")
+    code, out, _ = planish_("bisect", str(folder), "--crash", "--quiet")
+    assert (code, "nothing is bad" in out) == (1, True)
+
+
+def test_every_run_draws_from_the_seed_of_the_recipe() -> None:
+    subject = Subject(chain(2), Recipe((), seed=7), "onnx", None, SiteCounter())
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(7))
+    for _ in range(2):
+        assert torch.equal(torch.rand(3, generator=subject.context().generator), expected)
 
 
 def test_a_metric_is_measured_from_the_original() -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from planish.backends.timer import TargetTimer
 from planish.ir.capture import capture
 from planish.ir.errors import PassError, RequirementError
 from planish.ir.program import Program
 from planish.passes.base import Pass, PassContext, PassResult
 from planish.passes.debug.bundle import failure_of, load_bundle, replay
 from planish.passes.debug.reproduce import Reproduce
+from planish.passes.factorize.factorize import Factorize
 from planish.passes.instruments import Instrument, default_instruments
 from planish.passes.pipeline import run_pipeline
 from planish.passes.recipe import Recipe
@@ -146,3 +148,17 @@ def test_a_run_that_succeeds_writes_nothing_and_keeps_no_program(
     run_pipeline(program, Recipe((SwapActivation(),)), None, [reproduce, *default_instruments()])
     assert not (tmp_path / "absent").exists()
     assert not [v for v in vars(reproduce).values() if isinstance(v, (Program, Step))]
+
+
+def test_a_pass_that_measures_is_replayed_with_a_clock(tmp_path: Path) -> None:
+    class Strict(Instrument):
+        def after_pass(self, step: Step, result: PassResult) -> None:
+            raise LookupError("not allowed here")
+
+    torch.manual_seed(0)
+    program = capture(torch.nn.Linear(64, 64).eval(), (torch.randn(8, 64),))
+    latency = Factorize(method="svd", rule="latency")
+    raises(program, [latency], tmp_path, Strict(), context=PassContext(timer=TargetTimer("onnx")))
+    bundle = load_bundle(bundle_in(tmp_path))
+    assert bundle.recipe.passes == (latency,)
+    assert replay(bundle) is None  # measured, and nothing fails but the instrument that is not here
