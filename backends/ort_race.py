@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from planish.backends.registry import load_backend, target_names
+from planish.backends.registry import load_backend
 
 _WARM_UP = 3
 _FEWEST, _MOST = 8, 200  # rounds
@@ -38,21 +38,29 @@ class Speed:
         return {name: round(value, 6) for name, value in vars(self).items()}
 
 
-def race(paths: Sequence[Path], inputs: Sequence[Any], *, seconds: float = 3.0) -> list[Speed]:
+def race(
+    paths: Sequence[Path],
+    inputs: Sequence[Any],
+    *,
+    seconds: float = 3.0,
+    target: str = "onnxruntime-cpu",
+) -> list[Speed]:
     """Run every file once in each round, in an order that turns by one.
 
     Comparing within a round cancels what the machine does over time, and turning the order cancels
     what a neighbor leaves in the caches.
 
     Args:
-        paths: the files, of any target; the first is what the others are compared with.
+        paths: the files; the first is what the others are compared with.
         inputs: flat inputs, the same for all.
         seconds: about how long to run altogether; at least eight rounds are run.
+        target: whose files they are.
 
     Raises:
         ExportError: the runtime refuses a file, or it fails on the inputs.
     """
-    runs = [_opened(path) for path in paths]
+    opened = load_backend(target).opened
+    runs = [opened(path) for path in paths]
     start = time.perf_counter()
     for run in runs:
         for _ in range(_WARM_UP):
@@ -67,12 +75,6 @@ def race(paths: Sequence[Path], inputs: Sequence[Any], *, seconds: float = 3.0) 
             runs[index](inputs)
             times[index].append(time.perf_counter() - start)
     return [_speed(times[0], own) for own in times]
-
-
-def _opened(path: Path) -> Callable[[Sequence[Any]], object]:
-    """A file in the runtime that its suffix stands for."""
-    backends = (load_backend(name) for name in target_names())
-    return next(b for b in backends if b.target.suffix == path.suffix).opened(path)
 
 
 def _speed(base: Sequence[float], own: Sequence[float]) -> Speed:

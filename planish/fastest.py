@@ -221,7 +221,8 @@ class Fastest:
     def _speeds(self, candidates: Sequence[_Candidate], seconds: float) -> list[Speed]:
         from planish.backends.ort_race import race
 
-        return race([c.artifact.path for c in candidates], self.inputs, seconds=seconds)
+        paths = [c.artifact.path for c in candidates]
+        return race(paths, self.inputs, seconds=seconds, target=self.backend.target.name)
 
     def _chosen(
         self, base: _Candidate, racing: list[_Candidate]
@@ -284,7 +285,8 @@ class Fastest:
     def _ratio_of(self, path: Path, other: Path) -> float:
         from planish.backends.ort_race import race
 
-        speed = race([path, other], self.inputs, seconds=_TRIAL_RACE_SECONDS)[1]
+        name = self.backend.target.name
+        speed = race([path, other], self.inputs, seconds=_TRIAL_RACE_SECONDS, target=name)[1]
         return min(speed.ratio, speed.median_ratio)
 
     def _outcome(self, winner: _Candidate, entrants: list[Entrant]) -> Outcome:

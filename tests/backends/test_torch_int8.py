@@ -272,6 +272,6 @@ def test_files_of_torchscript_race_in_torch(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{width}.pt")
         net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 4)).eval()
         written(net, paths[-1], (torch.randn(64, 64),))
-    first, second = race(paths, [torch.randn(64, 64)], seconds=0.05)
+    first, second = race(paths, [torch.randn(64, 64)], seconds=0.05, target="torchscript")
     assert first.ratio == 1.0
     assert second.ratio < 1.0
