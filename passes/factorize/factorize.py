@@ -38,8 +38,8 @@ class Factorize(Pass):
     Attributes:
         method: what is least: the error of the weight ("svd"), of the layer's output on the
             calibration inputs ("whitened"), of the weight as the loss sees it ("fisher").
-        keep: share of the parameters that stays in every layer; under a budget, share of the
-            parameters, MACs or seconds of all of them together.
+        keep: share of the parameters (biases aside) that stays in every layer; under a budget,
+            share of the parameters, MACs or seconds of all of them together.
         rule: every layer keeps the same ("keep"), or the rank that "energy" or "error" asks for,
             or all share a budget of "parameters", "macs" or measured "latency".
         energy: share of the energy that a rank has to hold.
@@ -47,7 +47,9 @@ class Factorize(Pass):
         least: under a budget, every layer keeps at least this share of the rank that it has under
             ``rule=keep``: estimates to first order do not hold for large errors.
         rank_multiple: ranks are multiples of it, as kernels like them.
-        convolution: two convolutions, k*k and 1*1 ("pair"), or k*1 and 1*k ("spatial", by svd).
+        convolution: two convolutions, k*k and 1*1 ("pair"), or k*1 and 1*k ("spatial"; whitened
+            counts what each column of a window makes of the rows that it reads, as if columns were
+            not added up, and the bias takes up nothing).
         embeddings: also tables; they get smaller, not faster.
         heads: also what query and key, and value and output, share inside attention heads: each
             keeps this share of its dimensions; these four weights are then left as they are.
@@ -102,8 +104,6 @@ class Factorize(Pass):
             raise ValueError(f"rank_multiple is {self.rank_multiple}, at least 1")
         if not self.damping > 0:
             raise ValueError(f"damping is {self.damping}, not above 0")
-        if self.convolution == "spatial" and self.method != "svd":
-            raise ValueError("convolution=spatial takes method=svd: its halves share no inputs")
         if self.heads and (self.method == "fisher" or self.rule != "keep"):
             raise ValueError("heads=true takes method=svd or whitened, and rule=keep")
 

@@ -3,7 +3,8 @@
 Of all ``A B`` of rank r that of least ``||W X - A B X||`` has the first r left singular vectors
 ``U`` of ``W X`` for A, and ``U^T W`` for B. With ``G = X X^T = L L^T`` those are the left singular
 vectors of ``W L``, and the error is what their tail of singular values says. ``L`` is taken from
-the eigenvalues of G, so that a rank-deficient G needs no special case, and nothing is inverted.
+the eigenvalues of G, so that a rank-deficient G needs no special case, and nothing is inverted;
+directions that no row has count next to nothing, but what rank is left goes to those of W there.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 Method = Literal["svd", "whitened", "fisher"]
-# Eigenvalues of G below this share of the largest are rounding errors of its sum.
+# Eigenvalues of G below this share of the largest, or of what was read, are rounding errors.
 _FLOOR = 1e-12
+_ROUNDING = 1e-14
 # Of the mean eigenvalue of S, which is estimated from few random directions.
 _METRIC_FLOOR = 1e-2
 
@@ -112,6 +114,8 @@ class Basis:
         else:
             into, back = self.metric
             second, first = back @ u, u.t() @ (into @ self.target)
+            size = second.norm(dim=0).mean()  # 1 without a metric, which may be of any size
+            second, first = second / size, first * size
         return Factors(first, second, self._shift(second @ first))
 
     def _shift(self, product: Tensor) -> Tensor | None:
@@ -168,7 +172,7 @@ def solve(task: Task, method: Method) -> Basis:
         target, seen = w, w * task.counts.double().sqrt()
     elif task.moments is not None:
         target = _fitted(w, task)
-        seen = target @ _root(_covariance(task.moments, center=task.center))
+        seen = target @ _root(_covariance(task.moments, center=task.center), task.moments.second)
     else:
         raise ValueError("whitened needs inputs of the layer")
     aim = None if task.importance is None else _metric(task.importance)
@@ -208,12 +212,11 @@ def _covariance(moments: Moments, *, center: bool) -> Tensor:
     return moments.second - torch.outer(moments.mean, moments.mean)
 
 
-def _root(gram: Tensor) -> Tensor:
-    """``L`` with ``L L^T`` the Gram matrix, from its eigenvalues."""
+def _root(gram: Tensor, second: Tensor) -> Tensor:
+    """``L`` with ``L L^T`` the Gram matrix, from its eigenvalues; none of them is zero."""
     values, vectors = torch.linalg.eigh(gram)
-    top = float(values[-1])
-    values = torch.where(values > _FLOOR * top, values, 0.0) if top > 0 else values * 0
-    root: Tensor = vectors * values.sqrt()
+    least = max(_FLOOR * float(values[-1]), _ROUNDING * float(second.diagonal().max()))
+    root: Tensor = vectors * (values.clamp(min=least) if least > 0 else values * 0 + 1).sqrt()
     return root
 
 

@@ -57,7 +57,10 @@ def output_importance(
             if isinstance(o, Tensor) and o.is_floating_point() and o.requires_grad
         ]
         if not real:
-            raise UsageError("no output of real numbers depends on the layers to be factored")
+            raise UsageError(
+                "no output of real numbers depends on the layers to be factored",
+                hint="aim=layer counts the error of each layer's own output",
+            )
         for probe in range(_PROBES):
             total = torch.stack([_probed(o, kept, context.generator) for o, kept in real]).sum()
             gradients = torch.autograd.grad(
@@ -79,6 +82,8 @@ def output_importance(
 
 def _probed(output: Tensor, kept: Tensor | None, generator: torch.Generator) -> Tensor:
     """An output along random signs, over the root of its energy."""
+    if output.dtype != torch.float64:
+        output = output.float()  # squares of half precision overflow soon
     signs = torch.randint(0, 2, output.shape, generator=generator).to(output.dtype) * 2 - 1
     if kept is not None:
         signs = signs * kept

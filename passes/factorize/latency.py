@@ -57,6 +57,7 @@ def _shape(site: Site, ranks: Sequence[int]) -> Hashable:
     return (
         site.form,
         tuple(site.weight.value.shape),
+        site.weight.value.dtype,
         sample_shape(site.program, source),
         site.bias is None,
         options,

@@ -31,6 +31,10 @@ class Layer(Protocol):
     def break_even(self) -> float:
         """The rank from which on factors hold no fewer numbers than the weight."""
 
+    @property
+    def limit(self) -> float:
+        """The rank from which on factors save nothing: that one, or what is no faster."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -64,22 +68,31 @@ class Ranks:
 
 def rounded(rank: float, multiple: int, largest: int) -> int:
     """A rank that fits: down to a multiple where there is one, at least 1, at most ``largest``."""
-    whole = int(rank)
+    whole = int(rank + 1e-9)
     if whole >= multiple:
         whole -= whole % multiple
     return max(1, min(whole, largest))
 
 
 def candidates(layer: Layer, multiple: int) -> list[int]:
-    """The ranks worth a look: multiples below break-even, or all where there is no multiple."""
-    limit = min(layer.largest, -int(-layer.break_even // 1) - 1)
+    """The ranks worth a look: multiples below the limit, or the largest where there is none."""
+    limit = min(layer.largest, -int(-layer.limit // 1) - 1)
     found = list(range(multiple, limit + 1, multiple))
     return found or ([max(1, limit)] if limit >= 1 else [])
 
 
 def by_fraction(layers: Sequence[Layer], keep: float, multiple: int) -> Ranks:
-    """The same share of parameters of every layer: ``rank = keep m n / (m + n)``."""
-    return Ranks({x.name: rounded(keep * x.break_even, multiple, x.largest) for x in layers}, {})
+    """The same share of parameters of every layer: ``rank = keep m n / (m + n)``, at least 1."""
+    rank = {x.name: rounded(keep * x.break_even, multiple, x.largest) for x in layers}
+    over = [x for x in layers if keep * x.break_even < 1 - 1e-9]
+    remarks: tuple[str, ...] = ()
+    if over:
+        worst = min(over, key=lambda x: x.break_even)
+        remarks = (
+            f"{len(over)} layers cannot keep as little as {keep:.0%} of their parameters: at rank "
+            f"1 {worst.name} keeps {1 / worst.break_even:.0%}",
+        )
+    return Ranks(rank, {}, remarks)
 
 
 def by_error(
@@ -101,13 +114,13 @@ def by_error(
             middle = (low + high) // 2
             low, high = (low, middle) if error(layer, middle) <= bound else (middle + 1, high)
         up = min(layer.largest, -(-low // multiple) * multiple)
-        if up < layer.break_even:
+        if up < layer.limit:
             rank[layer.name] = up
             continue
         rank[layer.name] = None
         dense[layer.name] = (
-            f"rank {low} is needed (rounded to {up}), and from {layer.break_even:.0f} on factors "
-            "are no smaller"
+            f"rank {low} is needed (rounded to {up}), and from {layer.limit:.0f} on factors are "
+            f"no {'smaller' if layer.limit == layer.break_even else 'faster'}"
         )
     return Ranks(rank, dense)
 

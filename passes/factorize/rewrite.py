@@ -10,7 +10,7 @@ from torch.fx import Node
 from planish.ir.ops import argument, aten, is_op
 from planish.ir.rewriter import Rewriter
 from planish.passes.factorize.factors import Factors
-from planish.passes.factorize.sites import RULE, Site
+from planish.passes.factorize.sites import RULE, Site, pair
 
 _PLAIN = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
@@ -100,7 +100,7 @@ def _spatial(writer: _Writer, factors: Factors) -> Node:
     outputs, inputs, height, width = site.weight.value.shape
     first = factors.first.unflatten(1, (inputs, height)).unsqueeze(-1)
     second = factors.second.unflatten(0, (outputs, width)).movedim(2, 1).unsqueeze(2)
-    options = [_pairs(argument(site.reader, n)) for n in ("stride", "padding", "dilation")]
+    options = [pair(argument(site.reader, n)) for n in ("stride", "padding", "dilation")]
     down = [[option[0], neutral] for option, neutral in zip(options, (1, 0, 1), strict=True)]
     across = [[neutral, option[1]] for option, neutral in zip(options, (1, 0, 1), strict=True)]
     convolve = aten.conv2d.default
@@ -109,8 +109,3 @@ def _spatial(writer: _Writer, factors: Factors) -> Node:
     )
     weight = writer.constant(second, "second.weight")
     return writer.call(convolve, [inner, weight, writer.bias(factors.shift), *across])
-
-
-def _pairs(value: Any) -> list[int]:  # noqa: ANN401 - a number or a list
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * 2 if len(numbers) == 1 else numbers

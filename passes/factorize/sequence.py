@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional as F
 
 from planish.ir.errors import PassError
-from planish.ir.ops import aten, is_op
+from planish.ir.ops import argument, aten, is_op
 from planish.ir.program import Program
 from planish.passes.base import PassContext
 from planish.passes.factorize.factors import Moments
-from planish.passes.factorize.sites import Site
-from planish.passes.observe.feeding import required
+from planish.passes.factorize.sites import Site, pair
+from planish.passes.observe.feeding import Padding, required
 from planish.passes.rounding.lockstep import Lockstep, operand_key
 from planish.passes.rounding.targets import CONVOLUTIONS
 
@@ -44,6 +45,8 @@ class Reading:
         required(context.calibration)
         assert context.calibration is not None
         batches = context.calibration
+        self._batches = batches
+        self._padding = Padding.of(program, padding_mask or None)
         self._now = Lockstep(program, batches, padding_mask)
         self._before = None if before is None else Lockstep(before, batches, padding_mask)
         self._twins = {} if before is None else {n.name: n for n in before.operators}
@@ -64,8 +67,10 @@ class Reading:
         if self._before is not None:
             twin = self._twins[reader.name]
             self._before.advance(twin)
-        now = self._now.inputs_of(reader)
-        before = None if twin is None else self._before_inputs(twin)
+        now = self._inputs(self._now, site, reader)
+        before = None
+        if twin is not None and self._before is not None:
+            before = self._inputs(self._before, site, twin)
         drifts = None if twin is None else self._drifts(reader)
         found = moments(now, reader, before, drifts)
         # What a layer adds to is its own, and so are its moments then.
@@ -84,12 +89,18 @@ class Reading:
         )
         return (old[0].float() - new[0].float() for old, new in pairs)
 
-    def _before_inputs(self, twin: Node) -> Iterator[Tensor]:
-        assert self._before is not None
-        return self._before.inputs_of(twin)
+    def _inputs(self, lockstep: Lockstep, site: Site, reader: Node) -> Iterator[Tensor]:
+        """What the first factor reads."""
+        if site.form != "spatial":
+            return lockstep.inputs_of(reader)
+        source = reader.args[0]
+        assert isinstance(source, Node)
+        return (_columns(reader, values[source]) for values in lockstep.values([source]))
 
     def counts(self, site: Site) -> Tensor:
         """How often each row of a table is looked up; one half more for all, so that none is free.
+
+        Padding is left out, but not where all samples look up the same, as positions.
 
         Raises:
             PassError: no input reaches the table.
@@ -99,8 +110,14 @@ class Reading:
         indices = reader.args[1]
         assert isinstance(indices, Node)
         counts = torch.full((len(site.weight.value),), 0.5, dtype=torch.float64)
-        for values in self._now.values([indices]):
-            counts += torch.bincount(values[indices].flatten().long(), minlength=len(counts))
+        layout = self._padding.layout(indices)
+        for values, inputs in zip(self._now.values([indices]), self._batches, strict=True):
+            found, (samples, mask) = values[indices], self._padding.read(inputs)
+            kept = [found]
+            if mask is not None and layout.problem is None:
+                kept = list(layout.pieces(found, mask, samples))
+            for piece in kept:
+                counts += torch.bincount(piece.flatten().long(), minlength=len(counts))
         return counts
 
 
@@ -144,11 +161,15 @@ def moments(
     """
     rows = 0
     sums: list[Tensor] = []
+    # A mean that is large against the deviations would leave nothing of them in 32 bits, so all is
+    # summed up as seen from the mean of the first piece, and moved back in 64 bits.
+    origin: list[Tensor] = []
     for piece in pieces:
-        x = piece[0].float()
+        read = [_real(piece[0]), *([] if before is None else [_real(next(before)[0])])]
+        origin = origin or [value.mean(0) for value in read]
+        x, *olds = (value - at for value, at in zip(read, origin, strict=True))
         parts = [x.t() @ x, x.sum(0)]
-        if before is not None:
-            old = next(before)[0].float()
+        for old in olds:
             parts += [old.t() @ x, old.sum(0)]
         if drifts is not None:
             drift = next(drifts)
@@ -160,11 +181,39 @@ def moments(
         raise PassError("no calibration input reaches this layer", where=reader)
     if not all(bool(s.isfinite().all()) for s in sums):
         raise PassError("the inputs of this layer are not all finite", where=reader)
-    second, mean = sums[0] / rows, sums[1] / rows
+    means = [s / rows for s in sums[1::2]]
+    off, at = means[0], [value.double() for value in origin]
+    shifts = [(off, at[0]), *zip(means[1:], at[1:], strict=False)]  # of x, of x0; none of a drift
+    shifts += [(m, torch.zeros_like(m)) for m in means[len(shifts) :]]
+    products = [
+        s / rows + torch.outer(m, at[0]) + torch.outer(a, off + at[0])
+        for s, (m, a) in zip(sums[::2], shifts, strict=True)
+    ]
+    moved = [m + a for m, a in shifts]
     if before is None:
-        return Moments(second, mean, rows=rows)
-    cross, mean_before, *lost = (s / rows for s in sums[2:])
-    return Moments(second, mean, cross, mean_before, rows, *lost)
+        return Moments(products[0], moved[0], rows=rows)
+    lost = [] if drifts is None else [products[2], moved[2]]
+    return Moments(products[0], moved[0], products[1], moved[1], rows, *lost)
+
+
+def _real(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _columns(reader: Node, x: Tensor) -> Tensor:
+    """What one column of a convolution's window reads, [1, places, channels * rows].
+
+    The places are those of the convolution of one column that comes first of two.
+    """
+    weight = reader.args[1]
+    assert isinstance(weight, Node)
+    rows = int(weight.meta["val"].shape[2])
+    stride, padding, dilation = (
+        pair(argument(reader, name))[0] for name in ("stride", "padding", "dilation")
+    )
+    x = F.pad(x if x.dim() == 4 else x.unsqueeze(0), (0, 0, padding, padding))
+    x = x.unfold(2, dilation * (rows - 1) + 1, stride)[..., ::dilation]
+    return x.permute(0, 2, 3, 1, 4).flatten(0, 2).flatten(1).unsqueeze(0)
 
 
 def few_rows(found: Sequence[tuple[Site, Moments]]) -> str | None:
@@ -175,5 +224,6 @@ def few_rows(found: Sequence[tuple[Site, Moments]]) -> str | None:
     site, rows = few[0]
     return (
         f"{len(few)} layers saw fewer rows than they have inputs ({site.name}: {rows} for "
-        f"{site.rows.shape[1]}): what these rows do not span is lost, so calibrate with more"
+        f"{site.rows.shape[1]}): what these rows do not span counts for next to nothing, so "
+        "calibrate with more"
     )

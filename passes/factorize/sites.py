@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.fx import Node
@@ -21,6 +21,18 @@ from planish.passes.rounding.targets import Weight, find_weights
 RULE = "factorize-weight"
 FACTOR = "it is a factor already"
 Form = Literal["linear", "pair", "spatial", "table"]
+_TRANSPOSED = "the weight of a transposed convolution is no matrix of its outputs and inputs"
+_RECURRENT = "the weights of recurrent layers are read step by step inside one operator"
+_NEVER: dict[Any, str] = {
+    aten.conv_transpose1d.default: _TRANSPOSED,
+    aten.conv_transpose2d.input: _TRANSPOSED,
+    aten.conv_transpose3d.input: _TRANSPOSED,
+    aten.lstm.input: _RECURRENT,
+    aten.gru.input: _RECURRENT,
+    aten.rnn_tanh.input: _RECURRENT,
+    aten.rnn_relu.input: _RECURRENT,
+    aten.bilinear.default: "its weight has 3 axes",
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,16 @@ class Site:
         """The rank from which on the factors hold no fewer numbers than the weight."""
         return self.parameters / sum(self.rows.shape)
 
+    @property
+    def limit(self) -> float:
+        """The rank from which on factors save nothing: no numbers, or where apart no work.
+
+        Rows and then columns run at other sizes: with a stride their work grows faster.
+        """
+        if self.form != "spatial" or not self.macs:
+            return self.break_even
+        return min(self.break_even, self.macs / self.macs_at(1))
+
 
 def find_sites(
     program: Program, where: Where, *, spatial: bool, embeddings: bool
@@ -136,6 +158,10 @@ def find_sites(
         NothingToDoError: there are none.
     """
     weights, refusals = find_weights(program, embeddings=embeddings, convolutions=True, where=where)
+    refusals = [replace(r, rule=RULE) for r in refusals]
+    for node in program.operators:
+        if node.target in _NEVER and where.takes(node):
+            refusals.append(Refusal(RULE, node.name, _NEVER[node.target], source_line(node)))
     sites = []
     for weight in weights:
         site = Site(program, weight, _form(weight, spatial=spatial))
@@ -194,3 +220,9 @@ def _addend_problem(site: Site) -> str | None:
     if not isinstance(bias, Tensor) or bias.shape != (len(site.rows),):
         return "what it adds is no constant with one number for each output"
     return None
+
+
+def pair(value: Any) -> list[int]:  # noqa: ANN401 - a number or a list
+    """An option of a convolution in the plane, for rows and for columns."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * 2 if len(numbers) == 1 else numbers

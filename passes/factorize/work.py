@@ -146,7 +146,11 @@ class Work:
         self.context.tell(self._told, self._steps)
         self._told += 1
         center = self.options.bias and not isinstance(site.bias, Node)
+        center = center and site.form != "spatial"  # its mean differs at the borders
         important = self._importance.get(site.name)
+        if important is not None and site.form == "spatial":  # the columns of a window count alike
+            columns = torch.eye(len(site.rows) // len(important), dtype=important.dtype)
+            important = torch.kron(important, columns)
         task = Task(site.rows, fisher=self._fisher.get(site.name), center=False)
         if reading is not None and site.form == "table":
             counts = reading.counts(site)

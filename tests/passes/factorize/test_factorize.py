@@ -231,7 +231,6 @@ def test_options_are_checked() -> None:
         {"rank_multiple": 0},
         {"least": 1.5},
         {"damping": float("nan")},
-        {"convolution": "spatial"},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Factorize(**wrong)

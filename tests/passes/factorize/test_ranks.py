@@ -34,6 +34,10 @@ class Toy:
     def break_even(self) -> float:
         return self.outputs * self.inputs / (self.outputs + self.inputs)
 
+    @property
+    def limit(self) -> float:
+        return self.break_even
+
 
 @pytest.mark.parametrize(
     ("sides", "rank"),
