@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from planish.backends.script_text import RESERVED
+from planish.backends.script_text import Names
 from planish.ir.program import Program
 from planish.ir.trees import leaf_paths
 
@@ -44,19 +44,24 @@ _TYPING: Mapping[str, Any] = {
 
 @dataclass
 class Types:
-    """Named tuples that the source mentions: name -> ((field, type), ...)."""
+    """Named tuples that the source mentions.
 
+    Attributes:
+        names: of everything in the source; a variable must not hide a named tuple.
+        named: name -> ((field, type), ...).
+    """
+
+    names: Names
     named: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    _chosen: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def name(self, wanted: str, fields: tuple[tuple[str, str], ...]) -> str:
         """The name of a named tuple with these fields."""
-        base = re.sub(r"\W", "_", wanted).lstrip("_") or "Output"
-        name, count = base, 1
-        while name in RESERVED or self.named.get(name, fields) != fields:
-            count += 1
-            name = f"{base}_{count}"
-        self.named[name] = fields
-        return name
+        if (wanted, fields) not in self._chosen:
+            name = self.names.new(wanted.lstrip("_") or "Output")
+            self._chosen[wanted, fields] = name
+            self.named[name] = fields
+        return self._chosen[wanted, fields]
 
     def classes(self) -> dict[str, type]:
         """The named tuples as Python classes, for the compiler to find.

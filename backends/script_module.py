@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union  # noqa: UP035 - TorchScript's own names
+from typing import Any, Dict, List, Optional, Tuple, Union  # noqa: UP035 - TorchScript's own
 
 import torch
 from torch import Tensor
@@ -39,11 +39,13 @@ _SCOPE: Mapping[str, Any] = {
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's announcements that TorchScript is deprecated."""
+    """Without torch's announcements that TorchScript is deprecated.
+
+    For compiling, loading and saving; a loaded module that runs announces nothing.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*torch.jit.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*[Qq]uantiz.*", category=UserWarning)
         yield
 
 

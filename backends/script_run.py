@@ -75,7 +75,7 @@ class ScriptSession:
             ExportError: the file fails on them.
         """
         arguments = self._arguments(inputs)
-        with quiet(), torch.inference_mode():
+        with torch.inference_mode():
             try:
                 return tuple(pytree.tree_leaves(self.module(*arguments)))
             except (RuntimeError, torch.jit.Error) as error:

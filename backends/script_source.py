@@ -61,9 +61,9 @@ def source_of(lowered: Lowered, remark: Callable[[str], None]) -> Source:
         return f"self.{chosen[constant]}"
 
     packing = Packing(lowered)
-    types = Types()
     parameters = _parameters(lowered.program)
     body = Body(lowered, Names(tuple(parameters)), attribute, packing.reads)
+    types = Types(body.names)
     declared, trees = open_inputs(lowered.program, parameters, body, types, remark)
     for node in lowered.graph.nodes:
         if not _only_packed(node):

@@ -120,7 +120,8 @@ def measured(
         artifact = load_backend(result.report.target).export(floating.program, path, options)
         speeds: list[Speed | None] = [None, None]
         try:
-            speeds = [*race([path, out], _flat(program, batch), seconds=_SECONDS)]
+            inputs, target = _flat(program, batch), result.report.target
+            speeds = [*race([path, out], inputs, seconds=_SECONDS, target=target)]
         except PlanishError as error:  # the file is right all the same
             remarks.append(f"speed was not measured: {error.what}")
     data = out.with_name(f"{out.name}.data")

@@ -70,6 +70,17 @@ def test_outputs_of_transformers(tmp_path: Path) -> None:
     assert any("named tuple of the same fields" in text for text in result.report.remarks)
 
 
+def test_an_input_called_like_the_class_of_the_output(tmp_path: Path) -> None:
+    pair = Out
+
+    def forward(self: nn.Module, Out: Tensor) -> Any:
+        return pair(Out + 1, (Out, Out))
+
+    agrees(module(forward), tmp_path / "model.pt", (X,))
+    loaded = torch.jit.load(str(tmp_path / "model.pt"))
+    assert type(loaded(Out=X)).__name__ == "Out_1"
+
+
 def test_one_process_writes_many_files_with_outputs_of_one_name(tmp_path: Path) -> None:
     for fields in (["a"], ["a", "b"], ["b", "a"]):
         kind = namedtuple("Same", fields)  # type: ignore[misc]
