@@ -1,4 +1,4 @@
-"""TorchScript files for tests: written by planish, loaded with nothing but torch."""
+"""Files of plain torch for tests: written by planish, loaded with nothing but torch."""
 
 import subprocess
 import sys
@@ -18,7 +18,8 @@ _CHILD = """
 import sys
 sys.modules["planish"] = None  # importing it raises
 import torch
-module = torch.jit.load(sys.argv[1])
+path = sys.argv[1]
+module = {opened}
 made = []
 for args, kwargs in torch.load(sys.argv[2], weights_only=True):
     made.append([t for t in torch.utils._pytree.tree_leaves(module(*args, **kwargs))])
@@ -64,11 +65,19 @@ def written(
     return result
 
 
-def answers_of(path: Path, calls: Sequence[Call]) -> list[list[Any]]:
+OPENED = {
+    "torchscript": "torch.jit.load(path)",
+    "torch-export": "torch.export.load(path).module()",
+    "aotinductor": "torch._inductor.aoti_load_package(path)",
+}
+
+
+def answers_of(path: Path, calls: Sequence[Call], target: str = "torchscript") -> list[list[Any]]:
     """Flat outputs of a file in a fresh process that cannot import planish, one list a call."""
+    child = _CHILD.format(opened=OPENED[target])
     given, made = path.with_suffix(".in"), path.with_suffix(".out")
     torch.save([(tuple(args), dict(kwargs)) for args, kwargs in calls], given)
-    command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(path), str(given), str(made)]
+    command = [sys.executable, "-W", "ignore", "-c", child, str(path), str(given), str(made)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     result: list[list[Any]] = torch.load(made, weights_only=True)
     return result
