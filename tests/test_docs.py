@@ -14,6 +14,7 @@ from tests.support.walkthrough import BUNDLE, DEBUGGING, WRONG, blocks
 
 SPARSITY = (ROOT / "docs" / "sparsity.md").read_text(encoding="utf-8")
 STRUCTURE = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+TORCH = (ROOT / "docs" / "torch.md").read_text(encoding="utf-8")
 QUANTIZATION = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
 
 
@@ -205,6 +206,33 @@ def test_the_page_on_sparsity_names_what_exists() -> None:
         assert set(re.findall(r"(\w+)=", braces)) <= fields | {"exclude"}
     assert set(re.findall(r"`planish ([\w-]+)", SPARSITY)) <= set(COMMANDS)
     assert len(SPARSITY.splitlines()) <= 150
+
+
+# -- torch.md -------------------------------------------------------------------------------------
+
+
+def test_the_code_on_torch_files_runs_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", TORCH, re.S | re.M):
+        exec(compile(block, "torch.md", "exec"), space)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "model.pt2"}
+    output = capsys.readouterr().out
+    assert "onednn::qlinear_pointwise" in output or "_int_mm" in output
+    assert "torch.Size([5, 8]) torch.Size([5, 8])" in output
+
+
+def test_the_page_on_torch_files_names_what_exists() -> None:
+    from planish.backends.registry import load_target
+    from planish.tools.bench_command import bench
+
+    (targets,) = re.findall(r"^\| target \|.*?\n\n", TORCH, re.S | re.M)
+    for name, suffix in re.findall(r"^\| `([\w-]+)` \| `([.\w]+)`", targets, re.M):
+        assert load_target(name).suffix == suffix
+    assert "--trust-code" in {name for parameter in bench.params for name in parameter.opts}
+    assert set(re.findall(r"planish ([\w-]+) \./", TORCH)) <= set(COMMANDS)
 
 
 # -- structure.md ---------------------------------------------------------------------------------
