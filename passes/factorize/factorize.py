@@ -155,6 +155,7 @@ class Factorize(Pass):
             keep=self.keep,
             multiple=self.rank_multiple,
             calibrated=self.method == "whitened",
+            absorb=self.bias,
             padding_mask=self.padding_mask,
             where=self.where,
         )

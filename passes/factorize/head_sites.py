@@ -17,7 +17,7 @@ from planish.passes.quantize.where import ATTENTION
 _LAYOUT = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int,
     aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.clone.default,
-    aten.unsqueeze.default, aten.expand.default,
+    aten.unsqueeze.default, aten.expand.default, aten.flatten.using_ints,
 )  # fmt: skip
 _SPLITS = (
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor,

@@ -12,7 +12,6 @@ Failures:     rotary positions or norms between a projection and the attention, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from planish.ir.rewriter import Rewriter
 from planish.passes.base import PassContext
 from planish.passes.factorize.factors import Moments
 from planish.passes.factorize.head_sites import HeadProduct, RefusedError, scores_of, values_of
+from planish.passes.factorize.head_weights import Weights
 from planish.passes.factorize.products import (
     Projections,
     Seen,
@@ -34,6 +34,7 @@ from planish.passes.factorize.products import (
     turn_scores,
     turn_values,
 )
+from planish.passes.factorize.ranks import rounded
 from planish.passes.factorize.sequence import moments
 from planish.passes.observe.feeding import required
 from planish.passes.prune.coupling import find_groups
@@ -52,6 +53,7 @@ def factor_heads(
     keep: float,
     multiple: int = 8,
     calibrated: bool = True,
+    absorb: bool = True,
     padding_mask: str = "",
     where: Where,
 ) -> tuple[list[str], list[Refusal]]:
@@ -61,8 +63,9 @@ def factor_heads(
         rewriter: of the program; it is whole again after ``finish()``.
         context: holds the calibration.
         keep: share of the dimensions of a head that stay.
-        multiple: dimensions that stay are a multiple of it.
+        multiple: dimensions that stay are a multiple of it, where there is one that is no more.
         calibrated: errors count as the calibration inputs make them, else all inputs alike.
+        absorb: the output's bias takes up the mean of the error; calibrated only.
         padding_mask: input that is 0 for padding, or "".
         where: a choice among the attention operators.
 
@@ -88,17 +91,18 @@ def factor_heads(
     kept: dict[Group, Tensor] = {}
     names: list[str] = []
     for product in found:
-        rank = max(multiple, int(keep * product.width / multiple + 1e-9) * multiple)
+        rank = rounded(keep * product.width, multiple, product.width)
         node = product.attention
         if rank >= product.width:
-            why = f"{product.group.name}: no multiple of {multiple} is less"
+            why = f"{product.group.name}: no number of dimensions is less"
             refusals.append(Refusal(RULE, node.name, why, source_line(node)))
             continue
         with rewriter.site(RULE, node) as allowed:
             if allowed:
                 both = (product.first, product.second)
                 names += [str(argument(linear, "weight").target) for linear in both]
-                kept[_turn(rewriter, product, rank, seen)] = torch.arange(rank)
+                turned = _turn(rewriter, product, rank, seen, absorb=absorb)
+                kept[turned] = torch.arange(rank)
     cut(rewriter, kept)
     return names, refusals
 
@@ -120,11 +124,19 @@ def _read(
 
 
 def _turn(
-    rewriter: Rewriter, product: HeadProduct, rank: int, seen: Mapping[Node, Moments]
+    rewriter: Rewriter,
+    product: HeadProduct,
+    rank: int,
+    seen: Mapping[Node, Moments],
+    *,
+    absorb: bool,
 ) -> Group:
     """Put the turned weights in place, zero behind the rank; returns the group on them."""
-    given = _Weights(rewriter, product)
-    errors = list((_turn_scores if product.scores else _turn_values)(given, rank, seen))
+    given = Weights(rewriter, product)
+    if product.scores:
+        errors = list(_turn_scores(given, rank, seen))
+    else:
+        errors = list(_turn_values(given, rank, seen, absorb=absorb))
     node = product.attention
     if product.scores and argument(node, "scale") is None:
         rewriter.set_args(node, node.args, {**node.kwargs, "scale": product.width**-0.5})
@@ -134,45 +146,7 @@ def _turn(
     return given.group()
 
 
-class _Weights:
-    """The weights of a product, read by head and replaced whole."""
-
-    def __init__(self, rewriter: Rewriter, product: HeadProduct):
-        self.rewriter, self.product = rewriter, product
-        self.moved: dict[Node, Node] = {}
-
-    def read(self, linear: Node, name: str) -> Tensor | None:
-        """A weight or bias in float64."""
-        value = self.rewriter.program.constant(argument(linear, name))
-        return None if value is None else value.double()
-
-    def write(self, linear: Node, name: str, value: Tensor) -> None:
-        """Replace it, or give the linear one."""
-        old = argument(linear, name)
-        if old is None:
-            weight = argument(linear, "weight")
-            held = self.rewriter.program.constant(weight)
-            assert held is not None
-            self.rewriter.insert_before(linear)
-            wished = f"{str(weight.target).removesuffix('.weight')}.{name}"
-            new = self.rewriter.constant(value.to(held.dtype), wished, like=linear)
-            self.rewriter.set_args(linear, [*linear.args[:2], new])
-            return
-        held = self.rewriter.program.constant(old)
-        assert held is not None
-        self.rewriter.insert_before(old)
-        made = value.to(held.dtype).contiguous()
-        self.moved[old] = self.rewriter.constant(made, str(old.target), like=old)
-        self.rewriter.replace(old, self.moved[old])
-
-    def group(self) -> Group:
-        """The group on what is there now."""
-        group = self.product.group
-        on = [replace(p, node=self.moved.get(p.node, p.node)) for p in group.constants]
-        return replace(group, constants=tuple(on), reads=())
-
-
-def _turn_scores(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterator[float]:
+def _turn_scores(w: Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterator[float]:
     p = w.product
     query, key = w.read(p.first, "weight"), w.read(p.second, "weight")
     assert query is not None
@@ -200,7 +174,9 @@ def _turn_scores(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterat
         w.write(p.second, "bias", torch.zeros_like(key_bias))
 
 
-def _turn_values(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterator[float]:
+def _turn_values(
+    w: Weights, rank: int, seen: Mapping[Node, Moments], *, absorb: bool
+) -> Iterator[float]:
     p = w.product
     value, output = w.read(p.first, "weight"), w.read(p.second, "weight")
     assert value is not None
@@ -211,7 +187,10 @@ def _turn_values(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterat
     values = value.reshape(p.shared, h, -1)
     outputs = output.reshape(len(output), p.shared, each, h)
     read = seen.get(p.second)
-    covariance = None if read is None else read.second - torch.outer(read.mean, read.mean)
+    context_bias = value_bias.reshape(p.shared, 1, h).expand(-1, each, -1).flatten()
+    # What stays as it is: the mean, or where no bias may move, what the values' bias gives.
+    fixed = context_bias if read is None or not absorb else read.mean
+    covariance = None if read is None else _about(read, fixed)
     blocks = None
     if covariance is not None:
         apart = covariance.reshape(p.shared, each, h, p.shared, each, h)
@@ -228,9 +207,7 @@ def _turn_values(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterat
     thin = output @ torch.block_diag(*left)
     if covariance is not None:
         thin = refitted(output, down, covariance)
-    context_bias = value_bias.reshape(p.shared, 1, h).expand(-1, each, -1).flatten()
-    mean = context_bias if read is None else read.mean
-    gained = bias_of_mean(output, thin @ down, mean, context_bias)
+    gained = bias_of_mean(output, thin @ down, fixed, context_bias)
     wide = torch.zeros(len(output), p.heads, h, dtype=torch.float64)
     wide[..., :rank] = thin.reshape(len(output), p.heads, rank)
     w.write(p.first, "weight", new.reshape(value.shape))
@@ -240,3 +217,9 @@ def _turn_values(w: _Weights, rank: int, seen: Mapping[Node, Moments]) -> Iterat
     w.write(p.second, "weight", wide.flatten(1))
     if bias is not None or bool(gained.any()):
         w.write(p.second, "bias", gained if bias is None else bias + gained)
+
+
+def _about(read: Moments, point: Tensor) -> Tensor:
+    """Second moments about a point."""
+    mean = torch.outer(read.mean, point)
+    return read.second - mean - mean.t() + torch.outer(point, point)

@@ -324,10 +324,53 @@ class TestPrograms:
         assert all("fused with" in r.reason for r in refusals)
         assert len(list(after.operators)) == len(list(before.operators))
 
-    def test_nothing_less_than_the_width_is_refused(self) -> None:
-        _, _, names, refusals = _factored(Attention(2, 2), False, multiple=8)
-        assert not names
-        assert all("no multiple of 8 is less" in r.reason for r in refusals)
+    def test_a_share_is_never_exceeded(self) -> None:
+        for keep, multiple, rank in ((0.5, 8, 4), (0.9, 4, 4), (0.2, 4, 1), (0.8, 1, 6)):
+            _, after, names, refusals = _factored(Attention(2, 2), False, keep, multiple)
+            assert (len(names), refusals) == (4, [])
+            assert after.constants["key.weight"].shape == (2 * rank, 16)
+
+    def test_no_bias_is_given_to_the_output_where_that_is_not_allowed(self) -> None:
+        torch.manual_seed(0)
+        model = Attention(2, 2, bias=False).eval()
+        x = (torch.randn(3, 10, 16) + 1,)
+        before = capture(model, x)
+        found = {}
+        for bias in (True, False):
+            options = Factorize(keep=0.5, rank_multiple=4, heads=True, bias=bias)
+            context = PassContext()
+            with spool([x], before) as context.calibration:
+                found[bias] = options.run(before.clone(), context).program
+        assert not any("bias" in name for name in found[False].constants)
+        assert any("bias" in name for name in found[True].constants)
+        want = run(before, x)[0]
+        errors = {b: float((run(p, x)[0] - want).norm() / want.norm()) for b, p in found.items()}
+        assert errors[True] <= errors[False] < 0.5
+        have = run(found[True], x)[0]
+        torch.testing.assert_close(have.mean((0, 1)), want.mean((0, 1)), atol=0.05, rtol=0.1)
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_masks_and_scales_stay(self, causal: bool) -> None:
+        class Masked(Attention):
+            def forward(self, x: Tensor) -> Tensor:
+                q, k, v = (
+                    linear(x).view(*x.shape[:2], 2, 8).transpose(1, 2)
+                    for linear in (self.query, self.key, self.value)
+                )
+                added = None if causal else x[:, None, :, :10] * 3
+                y = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=added, is_causal=causal, scale=0.7
+                )
+                result: Tensor = self.output(y.transpose(1, 2).flatten(2))
+                return result
+
+        torch.manual_seed(0)
+        before, after, _, refusals = _factored(_thin(Masked(2, 2), 4), True)
+        assert not refusals
+        (node,) = [n for n in after.operators if "scaled_dot_product" in n.name]
+        assert node.kwargs["scale"] == 0.7
+        x = (torch.randn(3, 10, 16) * FEATURES,)
+        torch.testing.assert_close(run(after, x)[0], run(before, x)[0], atol=1e-4, rtol=1e-4)
 
 
 class TestPass:
