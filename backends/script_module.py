@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from planish.backends.script_source import Source
 from planish.ir.errors import ExportError, UnsupportedError
-from planish.ir.ops import op_name
+from planish.ir.ops import argument, op_name
 
 METADATA = "planish.json"  # the extra file that every file of ours carries
 _SCOPE: Mapping[str, Any] = {
@@ -126,14 +126,27 @@ def _check_overloads(module: Any, origins: Mapping[int, Node]) -> None:  # noqa:
         wanted = node.target._schema
         if made.kind() != wanted.name:
             continue  # a conversion of an argument
-        found = torch._C.parse_schema(made.schema())
-        if [a.name for a in found.arguments] != [a.name for a in wanted.arguments]:
+        if not _same_meaning(node, torch._C.parse_schema(made.schema()), wanted):
             raise UnsupportedError(
                 f"TorchScript has no way to say {op_name(node.target)}: it takes it for "
                 f"{made.schema().split('(')[0]}",
                 where=node,
                 hint="rewrite this part of the model without it, or export to another target",
             )
+
+
+def _same_meaning(node: Node, found: Any, wanted: Any) -> bool:  # noqa: ANN401 - torch._C
+    """Whether two overloads mean the same by the arguments of a call: names say what they are.
+
+    A tensor is what it is by any name, and None says nothing.
+    """
+    if len(found.arguments) != len(wanted.arguments):
+        return False
+    for mine, other in zip(found.arguments, wanted.arguments, strict=True):
+        tensors = str(mine.type) == str(other.type) == "Tensor"
+        if mine.name != other.name and not tensors and argument(node, other.name) is not None:
+            return False
+    return True
 
 
 def nodes_of(block: Any) -> Iterator[Any]:  # noqa: ANN401 - torch._C

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from planish.backends.torch_grids import SIZES, STRIDES
 from planish.backends.torch_lowering import PACK, Lowered
 from planish.ir.errors import UnsupportedError, source_line
-from planish.ir.ops import ASSERTIONS, op_name
+from planish.ir.ops import ASSERTIONS, argument, op_name
 from planish.ir.program import Constant
 
 INDENT = "    "
@@ -184,7 +184,7 @@ class Body:
         Raises:
             UnsupportedError: TorchScript has no form for it.
         """
-        target = node.target
+        self._current, target = node, node.target
         if target is operator.getitem:
             return f"{self.literal(node.args[0])}[{self.literal(node.args[1])}]"
         if target in _INFIX or target in _CALLS:
@@ -235,13 +235,22 @@ class Body:
             f"{a.name}={t}" for a, t in zip(declared[plain:], texts[plain:], strict=False)
         ]
         by_name = {a.name: a for a in declared}
-        texts += [f"{key}={self._typed(v, by_name[key])}" for key, v in node.kwargs.items()]
+        if target is torch.ops.aten.full.default and isinstance(argument(node, "fill_value"), bool):
+            texts += ["dtype=torch.bool"] * (node.kwargs.get("dtype") is None)
+        texts += [
+            f"{key}={self._typed(v, by_name[key])}"
+            for key, v in node.kwargs.items()
+            if v is not None or not by_name[key].has_default_value()
+        ]
         space, name = target.namespace, target._schema.name.split("::")[1]
         return f"torch.ops.{space}.{name}({', '.join(texts)})"
 
     def _typed(self, value: Any, declared: torch.Argument) -> str:  # noqa: ANN401
         """An argument as its declared type wants it written."""
         kind = str(declared.type)
+        if kind == "number" and isinstance(value, bool) and self._takes_tensor(declared.name):
+            # As a number it would become an integer, and with it what is made of it and booleans.
+            return f"torch.tensor({value})"
         if isinstance(value, (list, tuple)):
             if kind == "List[Optional[Tensor]]":
                 return f"torch.jit.annotate({kind}, {self.literal(value)})"
@@ -259,6 +268,15 @@ class Body:
         if kind in ("List[int]", "Optional[List[int]]") and isinstance(value, int):
             return f"[{value}]"
         return self.literal(value)
+
+    def _takes_tensor(self, name: str) -> bool:
+        """Whether the current operator has an overload that takes a tensor for this argument."""
+        assert self._current is not None
+        return any(
+            a.name == name and str(a.type) == "Tensor"
+            for schema in _schemas(self._current.target)
+            for a in schema.arguments
+        )
 
     def _float(self, value: object) -> str:
         if isinstance(value, Node):
@@ -330,6 +348,12 @@ class Body:
         raise AssertionError("a graph always ends in its output node")
 
 
+def _schemas(target: Any) -> list[Any]:  # noqa: ANN401 - an OpOverload
+    """Of all overloads of an operator."""
+    packet = getattr(getattr(torch.ops, target.namespace), target._schema.name.split("::")[1])
+    return [getattr(packet, name)._schema for name in packet.overloads()]
+
+
 @cache
 def _unambiguous(target: OpOverload) -> int:
     """How many leading arguments of an operator are called alike in all its overloads.
@@ -337,11 +361,10 @@ def _unambiguous(target: OpOverload) -> int:
     The others are passed by name: TorchScript finds the overload by the arguments, and would take
     ``f(x, 5)`` for the first of those that have a number there.
     """
-    packet = getattr(getattr(torch.ops, target.namespace), target._schema.name.split("::")[1])
     names = [a.name for a in target._schema.arguments]
     least = len(names)
-    for overload in packet.overloads():
-        others = [a.name for a in getattr(packet, overload)._schema.arguments if not a.kwarg_only]
+    for schema in _schemas(target):
+        others = [a.name for a in schema.arguments if not a.kwarg_only]
         for position, (mine, other) in enumerate(zip(names, others, strict=False)):
             if mine != other:
                 least = min(least, position)
