@@ -42,6 +42,11 @@ def _run(
         return options.run(program.clone(), context), said
 
 
+def tensors(program: Program) -> dict[str, Tensor]:
+    """The constants that are tensors."""
+    return {n: v for n, v in program.constants.items() if isinstance(v, Tensor)}
+
+
 def _first_linear(width: int = 6) -> Any:
     return capture(nn.Linear(width, 4).eval(), (torch.randn(2, width),)).operators[0]
 
@@ -148,16 +153,16 @@ def test_padding_is_no_word() -> None:
     for padded in (0, 7):
         words = torch.where(mask == 1, ids, padded)
         result, _ = _run(options, program, [(words, mask)] * 2)
-        made = result.program.constants
+        made = tensors(result.program)
         tables.append(made["table.first.weight"] @ made["table.second.weight"].t())
     torch.testing.assert_close(tables[0], tables[1])
 
 
 def test_a_share_below_rank_one_is_said() -> None:
     program = capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4),))
-    result = Factorize(method="svd", keep=0.1).run(
-        program.clone(), PassContext(remark=(said := []).append)
-    )
+    said: list[str] = []
+    context = PassContext(remark=said.append)
+    result = Factorize(method="svd", keep=0.1).run(program.clone(), context)
     assert len(result.changes) == 1
     assert said == [
         "1 layers cannot keep as little as 10% of their parameters: at rank 1 weight keeps 58%"
@@ -296,6 +301,34 @@ def test_half_weights_stay_half() -> None:
     assert float((have - want).norm() / want.norm()) < 0.3
 
 
+@pytest.mark.parametrize(
+    ("module", "shape", "rank"),
+    [
+        (nn.Linear(768, 768), (1, 768), 384),
+        (nn.Linear(768, 3072), (1, 768), 768 * 3072 / (768 + 3072)),
+        (nn.Conv2d(8, 16, 3, stride=2), (1, 8, 9, 9), 8 * 16 * 9 / (8 * 9 + 16)),
+        (nn.Conv2d(8, 16, 1), (1, 8, 4, 4), 8 * 16 / (8 + 16)),
+        (nn.Embedding(50, 8), None, 50 * 8 / (50 + 8)),
+    ],
+)
+def test_break_even_of_layers_is_as_published(
+    module: nn.Module, shape: tuple[int, ...] | None, rank: float
+) -> None:
+    x = torch.randn(shape) if shape else torch.randint(0, 50, (2, 3))
+    program = capture(module.eval(), (x,))
+    (site,), _ = find_sites(program, Where(), spatial=False, embeddings=True)
+    assert site.break_even == pytest.approx(rank)
+    assert site.parameters_at(3) == 3 * sum(site.rows.shape)
+    if shape:  # a table's are no multiplications
+        assert site.macs_at(3) * site.parameters == site.macs * site.parameters_at(3)
+
+
+def test_break_even_of_rows_then_columns_is_as_published() -> None:
+    program = capture(nn.Conv2d(8, 16, 3, padding=1).eval(), (torch.randn(1, 8, 6, 6),))
+    (site,), _ = find_sites(program, Where(), spatial=True, embeddings=False)
+    assert site.break_even == site.limit == pytest.approx(8 * 16 * 3 / (8 + 16))
+
+
 class TestRowsThenColumns:
     """``convolution=spatial`` by what the convolutions read."""
 
@@ -340,7 +373,7 @@ class TestRowsThenColumns:
         )
         rank = int(first.meta["val"].shape[1])
         made = basis.factors(rank)
-        found = result.program.constants
+        found = tensors(result.program)
         stem = found["weight.first.weight"].flatten(1), found["weight.second.weight"]
         second = stem[1].squeeze(2).permute(0, 2, 1).flatten(0, 1)
         torch.testing.assert_close(
