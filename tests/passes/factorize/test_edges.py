@@ -281,6 +281,14 @@ def test_no_calibration_is_one_error() -> None:
         spool([], program)
 
 
+def test_padding_that_is_a_word_is_refused_in_space_only() -> None:
+    program = capture(nn.Conv2d(4, 6, 3, padding="same").eval(), (torch.randn(1, 4, 8, 8),))
+    with pytest.raises(NothingToDoError, match="its padding is a word"):
+        find_sites(program, Where(), spatial=True, embeddings=False)
+    sites, _ = find_sites(program, Where(), spatial=False, embeddings=False)
+    assert [s.form for s in sites] == ["pair"]
+
+
 @pytest.mark.parametrize("window", [(1, 5), (5, 1)])
 def test_windows_of_one_row_become_a_pair_also_in_space(window: tuple[int, int]) -> None:
     torch.manual_seed(0)
