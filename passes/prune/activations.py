@@ -18,9 +18,9 @@ from planish.ir.execute import evaluate
 from planish.ir.program import Program
 from planish.passes.observe.feeding import Batches, Padding
 from planish.passes.observe.layout import rows_of
-from planish.passes.prune.decompose import Triangle
 from planish.passes.prune.fold import columns_of
 from planish.passes.prune.groups import Group, Place
+from planish.passes.prune.triangle import Triangle, parts_of
 
 # Values kept between two runs; batches beyond it start again from their inputs.
 _HELD = 1 << 30
@@ -66,7 +66,7 @@ class Activations:
         Raises:
             PassError: a value is not finite.
         """
-        found = {g: Triangle(g.size + constant(g)) for g in groups}
+        found = {g: Triangle(g.size + constant(g), parts_of(g)) for g in groups}
         wanted: dict[Node, list[tuple[Group, Place]]] = {}
         for group in groups:
             for place in distinct(read.value for read in group.reads):
@@ -79,7 +79,7 @@ class Activations:
                     if not bool(rows.isfinite().all()):
                         raise PassError(f"{group.name}: not all values are finite", where=node)
                     if constant(group):
-                        rows = torch.cat([rows.new_ones(len(rows), 1), rows], 1)
+                        rows = torch.cat([rows.new_ones(*rows.shape[:2], 1), rows], 2)
                     found[group].add(rows)
 
         for number, inputs in enumerate(self._batches):
@@ -96,11 +96,12 @@ class Activations:
     def _rows(
         self, group: Group, place: Place, value: Tensor, mask: Tensor | None, samples: int
     ) -> Iterator[Tensor]:
+        """``[rows, columns of a unit, units]``."""
         columns = columns_of(place, group.size)
         assert columns is not None  # what is folded has equal columns
         layout = self._padding.layout(place.node)
         for rows in rows_of(layout, value, mask, samples, place.axis):
-            yield rows[:, columns].movedim(-1, 1).reshape(-1, group.size)
+            yield rows[:, columns].movedim(-1, 1)
 
     def _alive_before(self, goals: set[Node]) -> set[Node]:
         """Values that are computed before one of these operators and read by it or behind it."""

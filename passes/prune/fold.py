@@ -34,8 +34,10 @@ class Fold:
 
     Attributes:
         kept: int64 ``[k]``, ascending.
-        matrix: T, ``[k, units]``; a diagonal at the kept columns merely scales.
-        constant: ``[units]`` added to the activations, into the readers' biases; or None.
+        matrix: T, ``[k, units]``; a diagonal at the kept columns merely scales. ``[c, k, units]``
+            for a T of its own at each of the c columns that a unit owns.
+        constant: ``[units]``, or ``[c, units]``, added to the activations, into the readers'
+            biases; or None.
     """
 
     kept: Tensor
@@ -82,6 +84,15 @@ def problem(program: Program, group: Group, *, constant: bool = False) -> str | 
         if constant and (reason := _no_bias(program, read.reader)):
             return f"{name} {reason}"
     return None
+
+
+def unfit(program: Program, group: Group) -> str | None:
+    """Why the units of a group cannot be made up by one another; None where they can."""
+    if group.kind == "heads":
+        return "whole heads have no directions in common to make one from others by"
+    if group.size < 2:
+        return "it is a single unit"
+    return problem(program, group)
 
 
 def _written(group: Group) -> list[Place]:
@@ -201,10 +212,11 @@ def folded(weight: Tensor, axis: int, columns: Tensor, kept: Tensor, matrix: Ten
         axis: of the units.
         columns: ``[units, c]`` of that axis.
         kept: ``[k]``.
-        matrix: ``[k, units]``.
+        matrix: ``[k, units]``, or one for each column, ``[c, k, units]``.
     """
     last = weight.double().movedim(axis, -1)
-    sums = torch.einsum("...uc,ku->...kc", last[..., columns], matrix.double())
+    every = matrix.double().expand(columns.shape[1], *matrix.shape[-2:])
+    sums = torch.einsum("...uc,cku->...kc", last[..., columns], every)
     new = last.clone()
     new[..., columns.flatten()] = 0
     new[..., columns[kept].flatten()] = sums.flatten(-2)
@@ -214,7 +226,8 @@ def folded(weight: Tensor, axis: int, columns: Tensor, kept: Tensor, matrix: Ten
 def _through(weight: Tensor, axis: int, columns: Tensor, constant: Tensor) -> Tensor:
     """What a constant of the units adds to each output, ``[outputs]``: axis 0 of the weight."""
     last = weight.double().movedim(axis, -1)[..., columns]
-    added = torch.einsum("...uc,u->...", last, constant.double())
+    every = constant.double().expand(columns.shape[1], constant.shape[-1])
+    added = torch.einsum("...uc,cu->...", last, every)
     return added.flatten(1).sum(1) if added.dim() > 1 else added
 
 

@@ -28,10 +28,11 @@ from planish.passes.prune.activations import Activations
 from planish.passes.prune.agreement import agreement, decisions
 from planish.passes.prune.coupling import find_groups
 from planish.passes.prune.cut import cut
-from planish.passes.prune.decompose import Interpolation, Pivoted, Triangle, pivoted_qr
-from planish.passes.prune.fold import Fold, fold, problem
+from planish.passes.prune.decompose import Interpolation, Pivoted, pivoted_qr
+from planish.passes.prune.fold import Fold, fold, problem, unfit
 from planish.passes.prune.groups import Group
 from planish.passes.prune.rounds import Rounds
+from planish.passes.prune.triangle import Triangle
 from planish.passes.quantize.where import Where
 
 _RULE = "interpolate"
@@ -120,17 +121,14 @@ class _Work:
         self.activations = Activations(self.program, batches, options.padding_mask)
         self.refusals: list[Refusal] = []
         self._said: set[str] = set()
+        self._without: set[str] = set()
 
     def groups(self) -> list[Group]:
         """The groups that can be folded into; why others cannot is noted once."""
         groups, refusals = find_groups(self.program, self.options.where)
         taken = []
         for group in groups:
-            reason = problem(self.program, group)
-            if reason is None and group.kind == "heads":
-                reason = "whole heads have no directions in common to make one from others by"
-            if reason is None and group.size < 2:
-                reason = "it is a single unit"
+            reason = unfit(self.program, group)
             if reason is None:
                 taken.append(group)
             else:
@@ -144,8 +142,14 @@ class _Work:
         self._said.update(r.node for r in refusals)
 
     def with_constant(self, group: Group) -> bool:
-        """Whether a constant is fitted too."""
-        return self.options.constant and problem(self.program, group, constant=True) is None
+        """Whether a constant is fitted too; what goes without one is told once."""
+        if not self.options.constant:
+            return False
+        reason = problem(self.program, group, constant=True)
+        if reason is not None and group.first.name not in self._without:
+            self._without.add(group.first.name)
+            self.context.remark(f"{group.name}: no constant, as {reason}")
+        return reason is None
 
     def pivoted(self, group: Group, seen: Triangle) -> Pivoted | None:
         """The pivoted QR of a group; None where it was seen at too few positions."""
@@ -156,7 +160,8 @@ class _Work:
             )
             self.note([_refusal(group, reason)])
             return None
-        return pivoted_qr(seen.r(), constant=self.with_constant(group))
+        parts = tuple(p.r() for p in seen.parts if p.rows >= 2 * group.size)
+        return pivoted_qr(seen.r(), constant=self.with_constant(group), parts=parts)
 
     def required(self, groups: list[Group]) -> None:
         """Refuse to do nothing.
@@ -193,7 +198,7 @@ class _Work:
             self.context.remark("within this tolerance every unit stays")
             return 1.0, "no group"
         self.required(list(found))
-        self.context.remark("; ".join(_said_of(g, i) for g, i in found.items()))
+        self.context.remark("; ".join(f"{g.name}: {i}" for g, i in found.items()))
         return self.apply(found)
 
     def units(self, group: Group, pivoted: Pivoted) -> int:
@@ -243,8 +248,3 @@ class _Work:
 
 def _refusal(group: Group, reason: str) -> Refusal:
     return Refusal(_RULE, group.first.name, reason, source_line(group.first))
-
-
-def _said_of(group: Group, found: Interpolation) -> str:
-    said = f"{group.name}: {len(found.kept)} kept, error {100 * found.relative:.2f} %"
-    return f"{said}, max |T| {found.largest:.3g}"

@@ -18,8 +18,9 @@ from torch.fx import Node
 from planish.ir.cost import macs_of
 from planish.ir.program import Program
 from planish.passes.prune.activations import Activations
-from planish.passes.prune.decompose import Interpolation, Pivoted, Triangle
+from planish.passes.prune.decompose import Interpolation, Pivoted
 from planish.passes.prune.groups import Group
+from planish.passes.prune.triangle import Triangle
 
 _Key = tuple[tuple[str, int], ...]
 

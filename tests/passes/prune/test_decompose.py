@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from planish.passes.prune.decompose import Triangle, decompose, pivoted_qr
+from planish.passes.prune.decompose import decompose, pivoted_qr
+from planish.passes.prune.triangle import Triangle
 
 
 def _random(n: int, m: int, seed: int = 0, rank: int | None = None) -> Tensor:
