@@ -78,7 +78,7 @@ class AotInductor(TorchBackend):
 def _check_compiler() -> None:
     from torch._inductor import config
 
-    wanted = config.cpp.cxx
+    wanted: Any = config.cpp.cxx  # a name, or several to try in turn
     names = wanted if isinstance(wanted, (list, tuple)) else (wanted,)
     if not any(name and shutil.which(name) for name in names):
         raise UnsupportedError(

@@ -75,7 +75,10 @@ def _packed(lowered: Lowered, node: Node) -> Tensor:
 
 
 def _real(lowered: Lowered, argument: Any) -> Any:  # noqa: ANN401 - arguments of an operator
-    return torch.fx.node.map_arg(argument, lambda n: lowered.constants[str(n.target)])
+    def value(node: Node) -> Any:  # noqa: ANN401 - map_arg's own type knows of no tensors
+        return lowered.constants[str(node.target)]
+
+    return torch.fx.node.map_arg(argument, value)
 
 
 def _plain(signature: Signature, remark: Callable[[str], None]) -> Signature:

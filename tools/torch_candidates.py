@@ -99,7 +99,7 @@ def _foreign(path: Path, load_ms: float, parameters: Sequence[str], run: Run) ->
 
 
 def _dtype(described: dict[str, Any], path: Path) -> np.dtype:
-    kind = _NUMBERS.get(described["dtype"], described["dtype"])
+    kind: str = _NUMBERS.get(described["dtype"], described["dtype"])
     try:
         return np.dtype(kind)
     except TypeError:

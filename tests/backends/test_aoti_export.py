@@ -12,7 +12,7 @@ import planish
 from planish.backends.aoti_run import CompiledSession
 from planish.ir.errors import ExportError, UnsupportedError, UsageError
 from planish.tools.candidates import open_candidate
-from tests.support.script_files import answers_of, module
+from tests.support.script_files import Call, answers_of, module
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -54,7 +54,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[planish.Optimized
 @needs_compiler
 def test_runs_where_planish_is_not(package: tuple[planish.Optimized, Path]) -> None:
     result, path = package
-    calls = [((torch.randn(n, 3, 12, 12),), {}) for n in (2, 5)]
+    calls: list[Call] = [((torch.randn(n, 3, 12, 12),), {}) for n in (2, 5)]
     for (args, _), found in zip(calls, answers_of(path, calls, "aotinductor"), strict=True):
         here = result.model(*args)
         for a, b in zip(found, (here["logits"], here["mean"]), strict=True):

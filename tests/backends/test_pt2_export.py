@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from planish.ir.compare import difference
 from planish.ir.errors import ExportError, PlanishError
 from planish.ir.execute import run
 from tests.support.real_models import inputs, loaded
-from tests.support.script_files import answers_of, module, written
+from tests.support.script_files import Call, answers_of, module, written
 
 X = torch.randn(3, 8)
 
@@ -80,7 +81,7 @@ def test_integer_products_are_exact_at_the_extremes(low: float, bias: bool) -> N
     ).program
     lowered = lower(program, exportable=True)
     assert [use.kernel for use in lowered.kernels] == ["aten::_int_mm"]
-    (made,) = [run_lowered(lowered, [x])[n] for n in lowered.graph.output_node().args[0]]
+    made = run_lowered(lowered, [x])[lowered.graph.output_node().all_input_nodes[0]]
     assert difference(run(program, [x]), [made]) is None
 
 
@@ -116,7 +117,7 @@ class Answer:
 
 pytree.register_dataclass(Answer)
 
-_STYLES = {
+_STYLES: dict[str, tuple[Callable[..., Any], str]] = {
     "dict": (lambda a, b: {"a": a, "b": [b, None]}, ""),
     "tuple": (lambda a, b: (a, (b, 3)), ""),
     "named": (Pair, "the output is a Pair; the file makes it a tuple"),
@@ -155,7 +156,7 @@ def test_branches_stay_branches(tmp_path: Path) -> None:
 
     net = module(forward, a=nn.Linear(8, 8))
     _file(net, tmp_path / "model.pt2", (X,))
-    calls = [((X.abs(),), {}), ((-X.abs(),), {})]
+    calls: list[Call] = [((X.abs(),), {}), ((-X.abs(),), {})]
     for (args, _), found in zip(
         calls, answers_of(tmp_path / "model.pt2", calls, "torch-export"), strict=True
     ):

@@ -51,7 +51,7 @@ def test_every_head_has_a_matrix_of_its_own() -> None:
     context = PassContext(calibration=spool(list(x.split(2)), program))
     context.remark = said.append
     # One matrix for all heads would lose a third of the signal here.
-    options = Interpolate(keep=0.5, where=Where(include=["v"]))
+    options = Interpolate(keep=0.5, where=Where(include=("v",)))
     made = options.run(program.clone(), context).program
     weight = next(c for n, c in made.constants.items() if n.endswith("v.weight"))
     assert weight.shape == (HEADS * WIDE // 2, 24)
