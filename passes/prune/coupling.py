@@ -23,6 +23,7 @@ from planish.ir.program import Program
 from planish.passes.prune.describe import kind_of, name_of
 from planish.passes.prune.groups import Group, Place, Read
 from planish.passes.prune.labels import (
+    CHOICES,
     NONE,
     PINNED,
     AllPinnedError,
@@ -46,7 +47,6 @@ from planish.passes.quantize.where import EVERYWHERE, Where
 
 RULE = "prune-group"
 _WRITERS = (aten.linear.default, aten.addmm.default, aten.embedding.default, *PRODUCTS)
-_CHOICES = 8  # at most so many ways of growing one seed
 
 
 class _RefusedError(Exception):
@@ -132,7 +132,7 @@ def _outcomes(
     """What grows from a seed, by every choice at its reshapes."""
     pending: list[Mapping[tuple[Node, int], tuple[int, int]]] = [{}]
     tried = 0
-    while pending and tried < _CHOICES:
+    while pending and tried < CHOICES:
         choices = pending.pop(0)
         tried += 1
         seed = np.arange(1, size + 1, dtype=np.int64)

@@ -18,6 +18,7 @@ from planish.ir.ops import argument, aten, declared_arguments, is_op
 from planish.ir.rewriter import Rewriter
 from planish.passes.prune.groups import Group
 from planish.passes.prune.labels import (
+    CHOICES,
     AllPinnedError,
     AmbiguousReshapeError,
     Labels,
@@ -87,17 +88,22 @@ def _grown(rewriter: Rewriter, group: Group) -> Labels:
         unit = place.unit.numpy()
         seeds.append((place.node, place.axis, np.where(unit >= 0, unit + 1, -1)))
     problem = ""
-    try:
-        labels = grow(rewriter.program, seeds, group.size, {})
-    except AllPinnedError as pinned:
-        problem = str(pinned)
-    except AmbiguousReshapeError as ambiguous:
-        problem = str(ambiguous)
-    else:
-        apart = labels.parent == np.arange(len(labels.parent))
-        if apart.all():
-            return labels
-        problem = "some of its units cannot be cut, or only together"
+    pending: list[dict[tuple[Node, int], tuple[int, int]]] = [{}]
+    for choices in pending:  # grows with each reshape that can be read in several ways
+        try:
+            labels = grow(rewriter.program, seeds, group.size, choices)
+        except AllPinnedError as pinned:
+            problem = problem or str(pinned)
+        except AmbiguousReshapeError as ambiguous:
+            if len(pending) < CHOICES:
+                pending += [{**choices, ambiguous.key: option} for option in ambiguous.options]
+        else:
+            apart = labels.parent == np.arange(len(labels.parent))
+            if apart.all() and labels.reach_only(
+                [(p.node, p.axis, p.unit) for p in group.constants]
+            ):
+                return labels
+            problem = "some of its units cannot be cut, or only together"
     raise PassError(
         f"{group.name} does not fit the program: {problem}",
         where=group.first,
@@ -138,7 +144,10 @@ class _Cutter:
         for name in dict.fromkeys(str(n.target) for n in affected if n.op == "get_attr"):
             self._slice(name)
         for node in dict.fromkeys(n for value in affected for n in (value, *value.users)):
-            if node.op == "call_function":
+            current = self.now[node.name]
+            if node.op == "call_function" and not current._erased:
+                self.rewriter.erase_if_dead(current)
+            if node.op == "call_function" and not current._erased:
                 self._resize(node)
                 self._loosen(node)
 
@@ -164,7 +173,9 @@ class _Cutter:
             if gone is not None:
                 left = torch.from_numpy((~gone).nonzero()[0])
                 value = value.index_select(axis, left)
-        olds = [self.now[node.name] for node in nodes]
+        olds = [n for n in (self.now[node.name] for node in nodes) if not n._erased]
+        if not olds:
+            return  # only dead code read it
         self.rewriter.insert_before(olds[0])
         new = self.rewriter.constant(value.contiguous(), name, like=olds[0])
         for old in dict.fromkeys(olds):

@@ -8,7 +8,7 @@ that belongs to no unit stays, and a unit that touches what cannot be cut is *pi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ Indices = NDArray[np.int64]
 Axis = tuple[Node, int]
 NONE = -1
 PINNED = 0  # a class of its own: units tied to it cannot be cut
+CHOICES = 8  # at most so many ways of growing one seed
 
 
 class AmbiguousReshapeError(Exception):
@@ -93,6 +94,17 @@ class Labels:
         value = node.meta.get("val")
         rank = value.dim() if isinstance(value, Tensor) else 0
         return [i for i in range(rank) if (node, i) in self.of]
+
+    def reach_only(self, places: Iterable[tuple[Node, int, Tensor]]) -> bool:
+        """Whether units lie in these places of constants (unit of each index, or -1) alone."""
+        wanted: dict[Axis, NDArray[np.bool_]] = {}
+        for node, axis, unit in places:
+            wanted[node, axis] = wanted.get((node, axis), np.False_) | (unit.numpy() >= 0)
+        held = {a: units > 0 for a, units in self.of.items() if a[0].op == "get_attr"}
+        held = {axis: mask for axis, mask in held.items() if mask.any()}
+        return held.keys() == wanted.keys() and all(
+            np.array_equal(mask, wanted[axis]) for axis, mask in held.items()
+        )
 
     def _merge(self, a: Indices, b: Indices) -> None:
         changed = False

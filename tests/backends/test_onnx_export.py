@@ -256,7 +256,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path, target: str) -> None:
 
 
 def test_the_registry_names_the_nearest_target() -> None:
-    assert target_names() == (*TARGETS, "torchscript")
+    assert target_names() == (*TARGETS, "torchscript", "torch-export", "aotinductor")
     assert load_target("onnx").suffix == ".onnx"
     with pytest.raises(UsageError, match="did you mean 'onnxruntime-cpu'"):
         load_backend("onnxruntime-gpu")

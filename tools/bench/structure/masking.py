@@ -34,32 +34,30 @@ def masked(program: Program, kept: dict[Group, Tensor]) -> Program:
     """A copy of a program with units multiplied by zero at all reads of their groups."""
     copy = program.clone()
     rewriter = Rewriter(copy, "mask")
+    products: dict[Node, Node] = {}
     for group, units in kept.items():
         mine = _moved(copy, group)
         for read in mine.reads:
             with rewriter.site("mask-units", read.reader) as allowed:
                 if allowed:
-                    _mask(rewriter, read.reader, read.value, units)
+                    _mask(rewriter, read.reader, read.value, units, products)
     return rewriter.finish()
 
 
-def _mask(rewriter: Rewriter, reader: Node, place: Place, kept: Tensor) -> None:
+def _mask(
+    rewriter: Rewriter, reader: Node, place: Place, kept: Tensor, products: dict[Node, Node]
+) -> None:
     value = place.node.meta["val"]
     # Whoever masked the reader for another group put a product in front of it.
-    current = next(n for n in reader.all_input_nodes if _behind(n) is place.node)
+    current = next(n for n in reader.all_input_nodes if products.get(n, n) is place.node)
     stays = ((place.unit < 0) | torch.isin(place.unit, kept)).to(value.dtype)
     shape = [1] * value.dim()
     shape[place.axis] = len(stays)
     mask = rewriter.constant(stays.reshape(shape), "mask")
     product = rewriter.call(aten.mul.Tensor, (current, mask), like=reader)
+    products[product] = place.node
     args = tuple(product if a is current else a for a in reader.args)
     rewriter.set_args(reader, args)
-
-
-def _behind(node: Node) -> Node:
-    while node.meta.get("from", ("", ""))[1] == "mask-units":
-        node = node.args[0]  # type: ignore[assignment]  # a product made above
-    return node
 
 
 def _moved(copy: Program, group: Group) -> Group:
