@@ -37,7 +37,9 @@ def _file(model: nn.Module, path: Path, args: tuple[Any, ...], **options: Any) -
     return written(model, path, args, target="torch-export", **options)
 
 
-@pytest.mark.parametrize("recipe", ["int8-dynamic", "int4-weight"])
+@pytest.mark.parametrize(
+    "recipe", ["int8-dynamic", pytest.param("int4-weight", marks=pytest.mark.slow)]
+)
 def test_quantized_minilm_in_plain_torch(recipe: str, tmp_path: Path) -> None:
     description, model = loaded("minilm")
     result = planish.optimize(

@@ -20,7 +20,6 @@ QUICK = {
     ("efficientnet-lite0", "torchscript"),
     ("minilm", "torch-export"),
     ("efficientnet-lite0", "torch-export"),
-    ("efficientnet-lite0", "aotinductor"),
 }
 CASES = [
     pytest.param(m.id, t, marks=[] if (m.id, t) in QUICK else pytest.mark.slow)

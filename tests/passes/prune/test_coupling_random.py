@@ -16,7 +16,7 @@ from planish.passes.prune.coupling import find_groups
 from planish.tools.bench.structure.masking import masked, share_kept, without
 from tests.passes.prune.random_nets import RandomNet
 
-SEEDS = range(60)
+SEEDS = (*range(50), 92, 96, 131)  # the last: readings of a reshape, dead code
 DYNAMIC = ({0: torch.export.Dim("b", min=2, max=64)},)
 
 
