@@ -30,6 +30,7 @@ class Target:
         suffix: of the artifact's file name.
         opset: default ONNX operator set version; 0 where the format has none.
         opsets: smallest and largest version it can be asked for; (0, 0) where it has none.
+        checks_sizes: whether its files refuse sizes above those that the program is right for.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     suffix: str
     opset: int
     opsets: tuple[int, int]
+    checks_sizes: bool = False
 
     def check_opset(self, opset: int | None) -> int:
         """The operator set version to emit.

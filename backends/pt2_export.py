@@ -33,6 +33,7 @@ class TorchExport(TorchBackend):
         suffix=".pt2",
         opset=0,
         opsets=(0, 0),
+        checks_sizes=True,
     )
     exportable = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from planish.backends.base import RuntimeReport
 from planish.backends.script_module import METADATA
 from planish.ir.archive import Archive
-from planish.ir.errors import ExportError, UsageError
+from planish.ir.errors import ExportError, UnsupportedError, UsageError
 from planish.ir.ops import op_name
 
 _EXTRA = f"extra/{METADATA}"
@@ -46,12 +47,8 @@ class ExportedSession:
         if threads is not None:
             torch.set_num_threads(threads)
         self.metadata = file_metadata(path)
-        self.exported = (
-            torch.export.load(path)  # noqa: TID251 - this process wrote it
-            if own
-            else checked(path)
-        )
-        self.module = self.exported.module(check_guards=False)
+        self.exported = _written(path) if own else checked(path)
+        self.module = self.exported.module()
 
     def run(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Run on flat inputs; flat outputs in order.
@@ -93,6 +90,27 @@ class ExportedSession:
             providers=("CPU",),
             operators=self.operators(),
         )
+
+
+def _written(path: Path) -> ExportedProgram:
+    """A file that this process wrote, as torch reads it.
+
+    Raises:
+        UnsupportedError: torch cannot read what it wrote: a string among the outputs, for one.
+    """
+    logger = logging.getLogger("torch.export")
+    before = logger.disabled
+    logger.disabled = True  # its own account of the error, over many lines
+    try:
+        return torch.export.load(path)  # noqa: TID251 - this process wrote it
+    except RuntimeError as error:
+        line = next((x for x in str(error.__cause__ or error).splitlines() if x.strip()), "")
+        raise UnsupportedError(
+            f"torch.export.load cannot read back this program: {line}",
+            hint="return tensors and numbers only, or export to *.onnx or *.pt",
+        ) from error
+    finally:
+        logger.disabled = before
 
 
 def checked(path: Path) -> ExportedProgram:

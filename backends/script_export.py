@@ -23,6 +23,7 @@ class TorchScript(TorchBackend):
         suffix=".pt",
         opset=0,
         opsets=(0, 0),
+        checks_sizes=True,
     )
 
     def _write(self, what: Writing, path: Path) -> None:

@@ -111,11 +111,7 @@ class Optimized:
         if opset is not None and not isinstance(opset, int):
             raise UsageError(f"opset is {opset!r}", hint="give an integer, or None")
         path = Path(path)
-        remarks = [
-            f"the file is right for {name} up to {high}, and no runtime checks that"
-            for name, (_, high) in self._ranges().items()
-            if high is not None
-        ]
+        remarks: list[str] = []
         target = self._target_for(path, target, remarks)
         start = time.perf_counter()
         options = ExportOptions(
@@ -127,6 +123,12 @@ class Optimized:
             quantization=self._quantization(),
         )
         backend = load_backend(target)
+        if not backend.target.checks_sizes:
+            remarks += [
+                f"the file is right for {name} up to {high}, and no runtime checks that"
+                for name, (_, high) in self._ranges().items()
+                if high is not None
+            ]
         backend.target.check_opset(opset)
         with reproducible(
             self.program, self.recipe, target, path, options, self._repro_dir

@@ -21,7 +21,7 @@ from planish.backends.torch_backend import lower
 from planish.backends.torch_stepwise import run_lowered
 from planish.ir import load
 from planish.ir.compare import difference
-from planish.ir.errors import ExportError, PlanishError
+from planish.ir.errors import ExportError, PlanishError, UnsupportedError
 from planish.ir.execute import run
 from tests.support.real_models import inputs, loaded
 from tests.support.script_files import Call, answers_of, module, written
@@ -150,6 +150,39 @@ def test_names_and_ranges_are_kept(tmp_path: Path) -> None:
     assert set(program.signature.ranges.values()) == {(2, 5)}
     with pytest.raises(ExportError, match="fails on these inputs"):
         ExportedSession(tmp_path / "m.pt2").run([torch.randn(3, 8), torch.randn(3, 7)])
+
+
+def test_what_torch_cannot_read_back_is_one_error(tmp_path: Path) -> None:
+    net = module(lambda self, x: (x * 2, "a name"))
+    result = planish.optimize(net, X, recipe="none", target="torch-export")
+    with pytest.raises(UnsupportedError, match="cannot read back") as caught:
+        result.export(tmp_path / "model.pt2")
+    assert caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_of_weights_stay_small_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
+    x = torch.randn(16, 256)
+    result = planish.optimize(
+        net, x, recipe="int4-weight", calibration=[(x,)], target="torch-export"
+    )
+    artifact = result.export(tmp_path / "model.pt2")
+    assert artifact.bytes < 0.25 * sum(p.nbytes for p in net.parameters())
+    assert all("dequantized" in use.reason for use in artifact.kernels)
+    assert any("become real numbers in every run" in text for text in result.report.remarks)
+    (found,) = answers_of(artifact.path, [((x,), {})], "torch-export")
+    assert difference([result.model(x)], found) is None
+
+
+def test_sizes_are_checked_by_the_file(tmp_path: Path) -> None:
+    net = module(lambda self, x: x * 2)
+    shapes = ({0: Dim("batch", min=2, max=5)},)
+    result = _file(net, tmp_path / "model.pt2", (X,), dynamic_shapes=shapes)
+    assert not [text for text in result.report.remarks if "no runtime checks" in text]
+    with pytest.raises(ExportError, match="fails on these inputs"):
+        ExportedSession(tmp_path / "model.pt2", own=True).run([torch.randn(6, 8)])
 
 
 def test_branches_stay_branches(tmp_path: Path) -> None:
