@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from planish.backends.base import Target
 from planish.backends.script_module import METADATA
 from planish.backends.torch_backend import TorchBackend, Writing, metadata
 from planish.ir.errors import UnsupportedError
+from planish.ir.ops import ASSERTIONS, is_pure_call, op_name
 from planish.ir.program import Program
 
 if TYPE_CHECKING:
@@ -47,13 +49,18 @@ class AotInductor(TorchBackend):
 
         _check_compiler()
         program = what.lowered.program
-        _check_inputs(program)
+        _check_program(program)
+        numbers = _numbers(program)
+        for name in numbers.values():
+            what.remark(f"the output {name!r} is a number; the package gives it as a tensor")
         exported = exported_program(what.lowered, what.remark)
         settings: dict[str, Any] = {
             "freezing": True,  # weights in the layout of the kernels
             "cpp.dynamic_threads": True,  # as many as the process that loads it has
             "compile_threads": 1,
-            "aot_inductor.metadata": {METADATA: metadata(program, what.facts)},
+            "aot_inductor.metadata": {
+                METADATA: metadata(program, what.facts, numbers=sorted(numbers))
+            },
         }
         with _quiet(), _packing_has_types(), _fresh_cache(), torch.no_grad():
             try:
@@ -87,7 +94,26 @@ def _check_compiler() -> None:
         )
 
 
-def _check_inputs(program: Program) -> None:
+def _numbers(program: Program) -> dict[int, str]:
+    """Positions of the flat outputs that are computed numbers, and their names."""
+    named = zip(program.results, program.signature.output_names, strict=True)
+    return {
+        position: name
+        for position, (value, name) in enumerate(named)
+        if isinstance(value, Node) and not isinstance(value.meta["val"], Tensor)
+    }
+
+
+def _check_program(program: Program) -> None:
+    """Refuse what a package cannot hold, by name."""
+    for node in program.operators:
+        if not (is_pure_call(node) or node.target in ASSERTIONS):
+            raise UnsupportedError(
+                f"{op_name(node.target)} draws random numbers, and AOTInductor has a generator of "
+                "its own, which cannot be compared with the model's",
+                where=node,
+                hint="export to *.pt, or to *.pt2 for torch-export",
+            )
     for node, name in zip(program.placeholders, program.signature.tensor_names, strict=True):
         if not isinstance(node.meta["val"], Tensor):
             raise UnsupportedError(

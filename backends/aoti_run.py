@@ -76,7 +76,10 @@ class CompiledSession:
                     f"the file fails on these inputs: {line}", where=str(self.path)
                 ) from error
         spec = pytree.treespec_loads(self.model.loader.get_call_spec()[1])
-        return tuple(pytree.tree_leaves(pytree.tree_unflatten(flat, spec)))
+        outputs = list(pytree.tree_leaves(pytree.tree_unflatten(flat, spec)))
+        for position in self.metadata["numbers"] if self.metadata is not None else ():
+            outputs[position] = outputs[position].item()
+        return tuple(outputs)
 
     def _check(self, inputs: Sequence[Any]) -> None:
         """Compiled code reads beyond the end of an input that is too small: look before."""

@@ -110,6 +110,30 @@ def test_numbers_as_inputs_are_refused_by_name(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_random_operators_are_refused_by_name(tmp_path: Path) -> None:
+    net = module(lambda self, x: x + torch.rand_like(x))
+    result = planish.optimize(net, torch.randn(2, 4), recipe="none", target="aotinductor")
+    with pytest.raises(UnsupportedError, match=r"rand_like draws random numbers") as caught:
+        result.export(tmp_path / "model.pt2")
+    assert caught.value.where
+    assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+def test_numbers_among_the_outputs(tmp_path: Path) -> None:
+    net = module(lambda self, x: (x * 2, x.shape[0] + 1))
+    result = planish.optimize(
+        net,
+        torch.randn(3, 4),
+        dynamic_shapes=({0: Dim("batch", max=9)},),
+        recipe="none",
+        target="aotinductor",
+    )
+    result.export(tmp_path / "model.pt2")
+    assert any("is a number; the package gives it" in text for text in result.report.remarks)
+    assert CompiledSession(tmp_path / "model.pt2").run([torch.randn(5, 4)])[1] == 6
+
+
 def test_another_file_is_no_package(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "model.pt2")
     with pytest.raises(UnsupportedError, match="no package of AOTInductor"):
